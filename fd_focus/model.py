@@ -113,6 +113,7 @@ class FocusNet(nn.Module):
         self.image_head = nn.Linear(n, n_classes)
         self.region_head = nn.Linear(n, n_classes)
         self.hybrid_head = nn.Linear(n * (1 + (l if fusion == "concat" else min(l, 1))), n_classes) if hybrid else None
+        self.keep_focus, self.last_focus = False, None    # True: eval mode looks at all m regions and keeps what it saw
         self.register_buffer("grid", boxes, persistent=False)
         self.register_buffer("suppresses", suppression_table(boxes, iou_threshold), persistent=False)
 
@@ -177,6 +178,9 @@ def forward(self: FocusNet,
         regions = self._second_look(x, boxes)
         outputs = [logits, self.region_head(regions)]
         return FocusOutput(outputs + [self._hybrid_logits(image, regions)] if self.hybrid_head else outputs)
+    if self.keep_focus:
+        self.last_focus = self.focus(x)
+        return self.last_focus.answer
     image, logits, _, _, boxes = self._first_look(x, self.l if self.hybrid_head else 0, None)
     return self._hybrid_logits(image, self._second_look(x, boxes)) if self.hybrid_head else logits
 
