@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['body_and_heads', 'LossParts', 'LossPart', 'KeepFocus', 'HeadAccuracy', 'StopOnNaN', 'PassTarget', 'to_pixels',
-           'FocusLearner', 'FocusInterpretation', 'focus_learner']
+           'FocusLearner', 'FocusInterpretation', 'focus_learner', 'history']
 
 # %% ../nbs/70_learner.ipynb #70_learner003
 import math
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.schedule import *   # noqa: F403 -- patches fit_one_cycle, fine_tune, lr_find into Learner
@@ -69,8 +70,8 @@ class KeepFocus(Callback):
     def after_cancel_validate(self): self._keep(False)
 
 class HeadAccuracy(Metric):
-    "Accuracy of the image head, or of the region head on single regions."
-    def __init__(self, head: str): self.head = head   # 'image' or 'regions'
+    "Accuracy of the image head, of the region head on single regions, or of the mean of all heads."
+    def __init__(self, head: str): self.head = head   # 'image', 'regions' or 'ensemble'
     def reset(self): self.right = self.total = 0
     def accumulate(self, learn):
         if learn.model.last_focus is None: return    # `get_preds` runs metrics too, and shows none
@@ -78,7 +79,7 @@ class HeadAccuracy(Metric):
         hits = logits.argmax(-1) == learn.y.as_subclass(Tensor).view(-1, *[1] * (logits.ndim - 2))
         self.right, self.total = self.right + hits.sum().item(), self.total + hits.numel()
     @property
-    def name(self): return {"image": "image_accuracy", "regions": "region_accuracy"}[self.head]
+    def name(self): return {"image": "image_accuracy", "regions": "region_accuracy", "ensemble": "ensemble_accuracy"}[self.head]
     @property
     def value(self): return self.right / self.total if self.total else None
 
@@ -170,8 +171,14 @@ def focus_learner(
         if metrics is None:
             parts = ["image"] + ["region"] * (model.m > 0) + ["hybrid"] * (model.hybrid_head is not None)
             own.append(LossParts())
-            metrics = [HeadAccuracy("image")] + [HeadAccuracy("regions")] * (model.m > 0) + [LossPart(part) for part in parts]
+            metrics = [HeadAccuracy("image")] + [HeadAccuracy("regions")] * (model.m > 0) + [HeadAccuracy("ensemble")] + [LossPart(part) for part in parts]
     learn = FocusLearner(dls, model, loss_func=loss_func or FocusLoss(label_smoothing=label_smoothing), splitter=body_and_heads,
                          metrics=[accuracy, *(metrics or [])], cbs=own + list(cbs or []), **kwargs)
     if not isinstance(arch, nn.Module) and (weights is not None or (pretrained and arch not in ("toy_resnet",))): learn.freeze()
     return learn
+
+# %% ../nbs/70_learner.ipynb #70_learner017
+def history(learn: Learner) -> pd.DataFrame:
+    "What the Recorder has seen: one row an epoch, columns epoch, train_loss, valid_loss and the metrics."
+    names = [name for name in learn.recorder.metric_names if name not in ("epoch", "time")]
+    return pd.DataFrame([list(row) for row in learn.recorder.values], columns=names).rename_axis("epoch").reset_index()
