@@ -1,0 +1,25 @@
+"README.md from nbs/index.ipynb: without hidden and directive cells. `--check` only compares."
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+from nbconvert import MarkdownExporter
+
+root = Path(__file__).resolve().parent.parent
+
+
+def readme() -> str:
+    notebook = nbformat.read(root / "nbs" / "index.ipynb", as_version=4)
+    notebook.cells = [cell for cell in notebook.cells if not re.match(r"\s*#\|\s*(hide|default_exp|export)\s*$", cell.source.split("\n")[0])]
+    for cell in notebook.cells: cell.source = "\n".join(line for line in cell.source.split("\n") if not line.startswith("#|"))
+    body, _ = MarkdownExporter().from_notebook_node(notebook)
+    # Links and pictures in the notebook are relative to nbs/, in the README to the root.
+    body = re.sub(r"\]\((?!https?://|#|/)([^)]+)\)", lambda m: f"]({(Path('nbs') / m[1]).as_posix()})".replace("nbs/../", ""), body)
+    return "<!-- Made from nbs/index.ipynb by `make readme`. -->\n\n" + body.strip() + "\n"
+
+
+if __name__ == "__main__":
+    target = root / "README.md"
+    if "--check" not in sys.argv: target.write_text(readme())
+    elif target.read_text() != readme(): sys.exit("README.md is out of step with nbs/index.ipynb; run `make readme`")

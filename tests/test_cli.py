@@ -1,0 +1,113 @@
+"The commands as a user types them: what they write, and what they say of bad input."
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fd_focus.export import load_focus
+from fd_focus.toy import ToyBirds
+
+BIN = Path(sys.executable).parent
+TINY = ["--arch", "toy_resnet", "--image_size", "64", "--epochs", "1", "--bs", "4"]
+
+
+def command(name, *args):
+    return subprocess.run([BIN / name, *map(str, args)], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "Eighteen birds of three classes, as class folders."
+    folder = tmp_path_factory.mktemp("birds")
+    birds = ToyBirds(images_per_class=6, n_classes=3, image_size=80)
+    for i in range(len(birds)):
+        image, label = birds[i]
+        (folder / birds.classes[label]).mkdir(exist_ok=True)
+        image.save(folder / birds.classes[label] / f"{i:02d}.png")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["fd_focus_train", "fd_focus_compare"])
+def test_help_imports_nothing_heavy(name):
+    run = subprocess.run([sys.executable, "-X", "importtime", BIN / name, "--help"], capture_output=True, text=True)
+    assert run.returncode == 0 and "usage" in run.stdout
+    imported = {line.rsplit("|", 1)[-1].strip() for line in run.stderr.splitlines() if "|" in line}
+    assert not imported & {"torch", "fastai", "matplotlib", "pandas"}
+
+
+def test_train_method_and_plain(folder, tmp_path):
+    for plain in (False, True):
+        out = tmp_path / ("plain" if plain else "focus")
+        run = command("fd_focus_train", "--data", folder, *TINY, "--out", out, *(["--plain"] if plain else []))
+        assert run.returncode == 0, run.stderr
+        summary = json.loads((out / "summary.json").read_text())
+        assert 0 <= summary["accuracy"] <= 1 and summary["settings"]["plain"] is plain and summary["seconds"] > 0
+        assert {"torch", "fastai", "fd_focus"} <= set(summary["versions"])
+        files = {"summary.json", "metrics.csv", "curves.png", "model"} | (set() if plain else {"regions.png"})
+        assert {p.name for p in out.iterdir()} == files
+        model = load_focus(out / "model")
+        assert model.classes == sorted(p.name for p in folder.iterdir())
+        assert model(torch.rand(2, 3, 64, 64)).shape == (2, 3)
+    run = command("fd_focus_compare", tmp_path / "focus", tmp_path / "plain")
+    assert run.returncode == 0 and run.stdout.count("%") == 2
+
+
+def fails(*args):
+    run = command("fd_focus_train", *args)
+    assert run.returncode != 0 and "Traceback" not in run.stderr, run.stderr
+    return run.stderr
+
+
+def test_bad_arguments(folder, tmp_path):
+    out = ["--out", tmp_path / "run"]
+    assert "no folder" in fails("--data", tmp_path / "nowhere", *TINY, *out)
+    assert "is no model of torchvision" in fails("--data", folder, *TINY, "--arch", "resnet81", *out)
+    assert "does not fit image_size" in fails("--data", folder, *TINY, "--region_size", 100, *out)
+    assert "l=4 regions are to be used of m=2" in fails("--data", folder, *TINY, "--m", 2, *out)
+    assert "unrecognized arguments" in fails("--data", folder, "--colour", "red")
+    assert "cells" in fails("--data", folder, *TINY, "--m", 50, *out)
+    assert "larger image_size" in fails("--data", folder, *TINY, "--arch", "squeezenet1_1", "--image_size", 8, *out)
+    assert "epochs=0" in fails("--data", folder, *TINY, "--epochs", 0, *out)
+
+
+def test_bad_folders(tmp_path):
+    picture = Image.fromarray(np.zeros((64, 64, 3), np.uint8))
+    assert "no pictures in" in fails("--data", tmp_path, *TINY)
+    for i in range(4):
+        (tmp_path / "only").mkdir(exist_ok=True)
+        picture.save(tmp_path / "only" / f"{i}.png")
+    assert "only one class, only" in fails("--data", tmp_path, *TINY)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "cut.jpg").write_bytes(b"\xff\xd8\xff")
+    assert "cut.jpg" in fails("--data", tmp_path, *TINY)
+    (tmp_path / "other" / "cut.jpg").unlink()
+    picture.save(tmp_path / "other" / "a.png")
+    (tmp_path / "split.csv").write_text("file,label,split\nonly/0.png,only,train\nother/a.png,other,test\n")
+    assert "classes without training pictures: other" in fails("--data", tmp_path, *TINY)
+
+
+def test_out_that_cannot_be_written(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "Not a directory" in fails("--data", folder, *TINY, "--out", tmp_path / "file" / "run")
+
+
+def test_weights_that_do_not_fit(folder, tmp_path):
+    from fd_focus.model import create_body
+    body, _ = create_body("toy_resnet", pretrained=False)
+    state = body.state_dict()
+    state["fc.weight"] = torch.zeros(3, 128)
+    torch.save(state, tmp_path / "good.pth")
+    assert create_body("toy_resnet", weights=tmp_path / "good.pth")[0].conv1.weight.equal(body.conv1.weight)
+    state["layer9.weight"] = state.pop("conv1.weight")
+    torch.save(state, tmp_path / "bad.pth")
+    message = fails("--data", folder, *TINY, "--weights", tmp_path / "bad.pth", "--out", tmp_path / "run")
+    assert "missing: conv1.weight" in message and "unexpected: layer9.weight" in message and "fc." not in message
+    (tmp_path / "text.pth").write_text("no weights")
+    assert "no state dict that can be read safely" in fails("--data", folder, *TINY, "--weights", tmp_path / "text.pth")
+    assert "no weights file" in fails("--data", folder, *TINY, "--weights", tmp_path / "gone.pth")

@@ -1,0 +1,47 @@
+"Bodies by name, weights from files, and what the method promises about cost."
+import pytest
+import torch
+
+from fd_focus.model import FocusNet, create_body, feature_shape
+
+
+@pytest.mark.parametrize("arch,channels", [("resnet18", 512), ("mobilenet_v2", 1280), ("efficientnet_b0", 1280), ("convnext_tiny", 768),
+                                           ("regnet_y_400mf", 440), ("shufflenet_v2_x0_5", 1024), ("vgg11_bn", 512), ("swin_t", 768),
+                                           ("mnasnet0_5", 1280), ("densenet121", 1024), ("resnet10t", 512), ("mobilenetv3_small_050", 576)])
+def test_bodies(arch, channels):
+    body, (mean, std) = create_body(arch, pretrained=False)
+    n, h, w = feature_shape(body, (128, 128))
+    assert n == channels and h == w == 4 and len(mean) == len(std) == 3
+
+
+@pytest.mark.parametrize("arch,file,cut,channels", [("mobilenet_v2", "mobilenet_v2_imagenet_features.pth", None, 1280),
+                                                    ("resnet18", "resnet18_imagenet_to_layer3.pth", "layer3", 256)])
+def test_real_weights(data, arch, file, cut, channels):
+    body, _ = create_body(arch, weights=data / "weights" / file, cut=cut)
+    state = torch.load(data / "weights" / file, weights_only=True)
+    name, weight = next((n, w) for n, w in state.items() if w.ndim == 4)
+    assert torch.equal(next(p for p in body.parameters() if p.ndim == 4), weight.float())
+    assert feature_shape(body, (224, 224))[0] == channels
+
+
+def test_weights_beyond_the_file(data):
+    with pytest.raises(ValueError, match="missing: layer4.0"):
+        create_body("resnet18", weights=data / "weights" / "resnet18_imagenet_to_layer3.pth")
+
+
+def test_prediction_looks_at_fewer_regions():
+    net = FocusNet.from_arch("toy_resnet", 3, pretrained=False, image_size=64)
+    seen = []
+    net.body.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+    with torch.no_grad():
+        net.train()(torch.rand(2, 3, 64, 64))
+        net.eval()(torch.rand(2, 3, 64, 64))
+    assert seen == [2, 12, 2, 8]
+
+
+def test_one_graph_without_host_waits():
+    "torch.compile with fullgraph proves that nothing leaves the graph."
+    net = FocusNet.from_arch("toy_resnet", 3, pretrained=False, image_size=64).eval()
+    x = torch.rand(2, 3, 64, 64)
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    with torch.no_grad(): assert torch.allclose(compiled(x), net(x), atol=1e-5)

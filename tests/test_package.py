@@ -1,0 +1,25 @@
+"A wheel that installs without the tools of development, and a README that says what the notebooks say."
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from make_readme import readme
+
+root = Path(__file__).resolve().parent.parent
+
+
+def test_readme_is_made_from_the_index():
+    assert (root / "README.md").read_text() == readme()
+
+
+def test_wheel_holds_every_module_and_imports_without_nbdev(tmp_path):
+    subprocess.run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, root], check=True, capture_output=True)
+    wheel = next(tmp_path.glob("*.whl"))
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {f"fd_focus/{p.name}" for p in (root / "fd_focus").glob("*.py")} <= set(names)
+    assert any(name.endswith("entry_points.txt") for name in names)
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    script = ("import sys; sys.modules['nbdev'] = sys.modules['execnb'] = None\n"      # importing them would fail
+              "import fd_focus.all, fd_focus.cli; assert 'site' in fd_focus.all.__file__")
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, cwd=tmp_path / "site")
