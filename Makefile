@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 export MPLBACKEND ?= agg
 
-.PHONY: setup test test-slow sync nbtest pytest clean
+.PHONY: setup demo test test-slow test-newest readme sync nbtest pytest clean
 
 setup: $(STAMP)
 $(STAMP): settings.ini setup.py
@@ -13,12 +13,24 @@ $(STAMP): settings.ini setup.py
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
 	touch $@
 
+# Method and plain backbone on toy birds, same recipe; `fd_focus_train --help` explains the options.
+DEMO := --data toy --arch toy_resnet --image_size 96 --epochs 24 --lr 4e-3 --bs 32 --seed 0
+
+demo: setup
+	$(BIN)/fd_focus_train $(DEMO) --plain --out runs/demo/plain
+	$(BIN)/fd_focus_train $(DEMO) --out runs/demo/focus
+	$(BIN)/fd_focus_compare runs/demo/plain runs/demo/focus
+
 test: setup
 	$(MAKE) --no-print-directory sync nbtest pytest
 
 # Notebooks are the source: cleaning and exporting them again must change nothing that is committed.
 sync: setup
 	$(BIN)/python tests/check_sync.py
+	$(BIN)/python tests/make_readme.py --check
+
+readme: setup
+	$(BIN)/python tests/make_readme.py
 
 nbtest: setup
 	$(BIN)/nbdev_test --n_workers 1
@@ -30,5 +42,12 @@ test-slow: setup
 	$(BIN)/nbdev_test --n_workers 1 --flags slow
 	$(BIN)/python -m pytest -q tests --slow
 
+# The newest fastai with fastcore 2 has no room for nbdev 2: the package alone, in an environment of its own.
+NEWEST := .venv-newest
+test-newest:
+	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install -q --disable-pip-version-check --upgrade . 'fastai<3' 'fastcore>=2'
+	cd tests && ../$(NEWEST)/bin/python newest.py
+
 clean:
-	rm -rf build dist *.egg-info runs
+	rm -rf build dist *.egg-info runs .venv-newest

@@ -8,8 +8,9 @@ __all__ = ['ToyBirds', 'ToyItem', 'ToyTruth', 'draw_bird', 'toy_items', 'attenti
            'FocusOutput', 'PlainNet', 'create_body', 'toy_resnet', 'FocusLoss', 'FocusDataLoaders', 'bad_images',
            'open_image', 'paper_transforms', 'REGION_COLOURS', 'draw_attention', 'draw_image', 'draw_regions',
            'plot_curves', 'plot_focus', 'plot_zooms', 'FocusInterpretation', 'FocusLearner', 'focus_learner', 'history',
-           'to_pixels', 'Settings', 'train', 'write_run', 'box_recall', 'chance_level', 'localisation',
-           'object_coverage', 'part_hit_rate', 'pointing_game', 'load_focus', 'save_focus']
+           'look', 'to_pixels', 'Settings', 'make_learner', 'replace', 'spread', 'train', 'write_run', 'PartHitRate',
+           'box_recall', 'chance_level', 'localisation', 'object_coverage', 'part_hit_rate', 'pointing_game',
+           'load_focus', 'save_focus']
 
 # %% ../nbs/98_all.ipynb #98_all002
 from .toy import ToyBirds, ToyItem, ToyTruth, draw_bird, toy_items
@@ -20,9 +21,9 @@ from .model import Focus, FocusNet, FocusOutput, PlainNet, create_body, toy_resn
 from .loss import FocusLoss
 from .data import FocusDataLoaders, bad_images, open_image, paper_transforms
 from .plot import REGION_COLOURS, draw_attention, draw_image, draw_regions, plot_curves, plot_focus, plot_zooms
-from .learner import FocusInterpretation, FocusLearner, focus_learner, history, to_pixels
-from .experiment import Settings, train, write_run
-from .interpret import (box_recall, chance_level, localisation, object_coverage, part_hit_rate, pointing_game)
+from .learner import FocusInterpretation, FocusLearner, focus_learner, history, look, to_pixels
+from .experiment import Settings, make_learner, replace, spread, train, write_run
+from .interpret import PartHitRate, box_recall, chance_level, localisation, object_coverage, part_hit_rate, pointing_game
 from .export import load_focus, save_focus
 
 _all_ = ["ToyBirds", "ToyItem", "ToyTruth", "draw_bird", "toy_items", "attention_map", "class_activation_maps", "smooth",
@@ -30,5 +31,5 @@ _all_ = ["ToyBirds", "ToyItem", "ToyTruth", "draw_bird", "toy_items", "attention
          "FocusOutput", "PlainNet", "create_body", "toy_resnet", "FocusLoss", "FocusDataLoaders", "bad_images",
          "open_image", "paper_transforms", "REGION_COLOURS", "draw_attention", "draw_image", "draw_regions",
          "plot_curves", "plot_focus", "plot_zooms", "FocusInterpretation", "FocusLearner", "focus_learner",
-         "history", "to_pixels", "Settings", "train", "write_run", "box_recall", "chance_level", "localisation",
+         "history", "look", "to_pixels", "Settings", "make_learner", "replace", "spread", "train", "write_run", "PartHitRate", "box_recall", "chance_level", "localisation",
          "object_coverage", "part_hit_rate", "pointing_game", "load_focus", "save_focus"]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXTENSIONS', 'open_image', 'bad_images', 'stratified_split', 'folder_table', 'csv_table', 'check_table',
-           'paper_transforms', 'FocusDataLoaders']
+           'paper_transforms', 'FocusDataLoaders', 'cub_table', 'aircraft_table', 'cars_table']
 
 # %% ../nbs/60_data.ipynb #60_data003
 import json
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import IndexSplitter
@@ -204,14 +205,14 @@ class FocusDataLoaders(DataLoaders):
                           splitter=IndexSplitter(np.flatnonzero(table.split == "valid")),
                           item_tfms=paper_transforms(image_size, resize, squash) if item_tfms is None else item_tfms, batch_tfms=batch_tfms)
         dls = cls._of(block.dataloaders(list(table.file), bs=bs, **kwargs), table, image_size, path)
-        dls.skipped = bad
+        dls.skipped, dls.geometry = bad, (round(image_size * 8 / 7) if resize is None else resize, squash)
         return dls
 
     @classmethod
     def _of(cls, dls, table, image_size, path="."):
         self = cls(*dls.loaders, path=path, device=dls.device)
         self.table = table.set_index(table.file.astype(str).rename(None))
-        self.image_size, self.skipped = image_size, {}
+        self.image_size, self.skipped, self.geometry = image_size, {}, None
         return self
 
     @classmethod
@@ -243,3 +244,126 @@ class FocusDataLoaders(DataLoaders):
                           splitter=IndexSplitter(np.flatnonzero(table.split == "valid")),
                           item_tfms=[Resize(image_size, method=ResizeMethod.Squish), FlipItem()], batch_tfms=batch_tfms)
         return cls._of(block.dataloaders(items, bs=bs, num_workers=num_workers), table, image_size)
+
+# %% ../nbs/60_data.ipynb #60_data028
+def _need(files: list[Path], what: str):
+    "FileNotFoundError naming missing files and where to get the set."
+    if gone := [str(f) for f in files if not f.exists()]: raise FileNotFoundError(f"missing {', '.join(gone)}. {what}")
+
+def _official(table: pd.DataFrame, valid_pct: float | None, seed: int) -> pd.DataFrame:
+    "The official split, or a share of its training half for validation."
+    if valid_pct is None: return table
+    table = table[table.split == "train"].reset_index(drop=True)
+    return table.assign(split=np.where(stratified_split(table.label, valid_pct, seed), "valid", "train"))
+
+def cub_table(
+    path: str | Path,                # folder with images.txt, bounding_boxes.txt, parts/, images/
+    valid_pct: float | None = None,  # None: official split
+    seed: int = 0,
+) -> pd.DataFrame:                   # file, label, split, box (xyxy), parts (15,3) x, y, 0 and visible (15,)
+    "CUB-200-2011: 5,994 training and 5,794 test images of 200 birds, with boxes and 15 parts."
+    path = Path(path)
+    if (path / "CUB_200_2011").is_dir(): path = path / "CUB_200_2011"
+    names = dict(file="images.txt", klass="image_class_labels.txt", train="train_test_split.txt", box="bounding_boxes.txt", classes="classes.txt")
+    _need([path / name for name in names.values()], "CUB-200-2011: fastai.data.external.untar_data(URLs.CUB_200_2011), or data.caltech.edu/records/65de6-vp158")
+    read = lambda key, columns: pd.read_csv(path / names[key], sep=" ", header=None, names=["id", *columns], index_col="id")
+    table = read("file", ["file"]).join(read("klass", ["klass"])).join(read("train", ["train"])).join(read("box", ["x", "y", "w", "h"]))
+    table["label"] = table.klass.map(read("classes", ["name"]).name)
+    table["box"] = list(np.stack([table.x, table.y, table.x + table.w, table.y + table.h], 1).astype(np.float32))
+    if (path / "parts" / "part_locs.txt").is_file():
+        locs = pd.read_csv(path / "parts" / "part_locs.txt", sep=" ", header=None, names=["id", "part", "x", "y", "visible"]).sort_values(["id", "part"])
+        parts = locs[["x", "y", "visible"]].to_numpy(np.float32).reshape(len(table), -1, 3)
+        table = table.sort_index().assign(visible=list(parts[..., 2] > 0), parts=list(parts * np.array([1, 1, 0], np.float32)))
+    table["file"] = [str(Path("images") / f) for f in table.file]
+    table["split"] = np.where(table.train == 1, "train", "valid")
+    return _official(table[[c for c in ("file", "label", "split", "box", "parts", "visible") if c in table]].reset_index(drop=True), valid_pct, seed)
+
+# %% ../nbs/60_data.ipynb #60_data029
+def aircraft_table(
+    path: str | Path,                # folder with data/ (torchvision: fgvc-aircraft-2013b/)
+    level: str = "variant",          # 'variant' (100 classes), 'family' (70) or 'manufacturer' (30)
+    valid_pct: float | None = None,  # None: official split, trainval against test
+    seed: int = 0,
+) -> pd.DataFrame:                   # file, label, split, box where images_box.txt is there
+    "FGVC-Aircraft: 6,667 training (trainval) and 3,333 test images."
+    if level not in ("variant", "family", "manufacturer"): raise ValueError(f"level={level!r}; use 'variant', 'family' or 'manufacturer'")
+    path = Path(path)
+    path = next((p for p in (path / "fgvc-aircraft-2013b" / "data", path / "data", path) if (p / "images").is_dir()), path / "data")
+    lists = {split: path / f"images_{level}_{name}.txt" for split, name in (("train", "trainval"), ("valid", "test"))}
+    _need([*lists.values(), path / "images"], "FGVC-Aircraft: torchvision.datasets.FGVCAircraft(root, download=True)")
+    rows = [(f"{number}.jpg", label, split) for split, file in lists.items()
+            for number, label in (line.split(" ", 1) for line in file.read_text().splitlines() if line.strip())]
+    table = pd.DataFrame(rows, columns=["file", "label", "split"])
+    if (path / "images_box.txt").is_file():
+        boxes = {n: np.array(b, np.float32) - [1, 1, 0, 0] for n, *b in (line.split() for line in (path / "images_box.txt").read_text().splitlines() if line.strip())}
+        table["box"] = [boxes[Path(f).stem].astype(np.float32) for f in table.file]
+    folder = path.relative_to(path.parent.parent) if path.parent.name == "fgvc-aircraft-2013b" else Path("data") if path.name == "data" else Path()
+    table["file"] = [str(folder / "images" / f) for f in table.file]
+    return _official(table, valid_pct, seed)
+
+# %% ../nbs/60_data.ipynb #60_data031
+_CARS = ("Stanford Cars is no longer at its source: put cars_train/ and cars_test/ into the folder, cars_meta.mat and cars_train_annos.mat "
+         "into its devkit/, and cars_test_annos_withlabels.mat beside them; or car_ims/ with cars_annos.mat")
+
+def _mat(file: Path, key: str):
+    from scipy.io import loadmat
+    return loadmat(file, squeeze_me=True)[key]
+
+def cars_table(
+    path: str | Path,                # folder in one of the two layouts
+    valid_pct: float | None = None,  # None: official split
+    seed: int = 0,
+) -> pd.DataFrame:                   # file, label, split, box
+    "Stanford Cars: 8,144 training and 8,041 test images of 196 models."
+    path = Path(path)
+    if (path / "stanford_cars").is_dir(): path = path / "stanford_cars"
+    if (path / "cars_annos.mat").is_file():
+        names, rows = _mat(path / "cars_annos.mat", "class_names"), _mat(path / "cars_annos.mat", "annotations")
+        records = [(str(r["relative_im_path"]), int(r["class"]), "valid" if int(r["test"]) else "train", r) for r in rows]
+    else:
+        train, test, meta = path / "devkit" / "cars_train_annos.mat", path / "cars_test_annos_withlabels.mat", path / "devkit" / "cars_meta.mat"
+        _need([train, test, meta], _CARS)
+        names = _mat(meta, "class_names")
+        records = [(f"{folder}/{r['fname']}", int(r["class"]), split, r) for file, folder, split in
+                   ((train, "cars_train", "train"), (test, "cars_test", "valid")) for r in _mat(file, "annotations")]
+    # Boxes are stored with pixels counted from 1, both corners included.
+    box = lambda r: np.array([int(r["bbox_x1"]) - 1, int(r["bbox_y1"]) - 1, int(r["bbox_x2"]), int(r["bbox_y2"])], np.float32)
+    table = pd.DataFrame([(file, str(names[k - 1]).replace("/", "-"), split, box(r)) for file, k, split, r in records], columns=["file", "label", "split", "box"])
+    return _official(table, valid_pct, seed)
+
+# %% ../nbs/60_data.ipynb #60_data032
+@patch(cls_method=True)
+def from_cub(cls: FocusDataLoaders, path, valid_pct: float | None = None, seed: int = 0, **kwargs) -> FocusDataLoaders:
+    "DataLoaders of CUB-200-2011 (see `cub_table`, `from_table`)."
+    path = Path(path)
+    return cls.from_table(cub_table(path, valid_pct, seed), path / "CUB_200_2011" if (path / "CUB_200_2011").is_dir() else path, **kwargs)
+
+@patch(cls_method=True)
+def from_aircraft(cls: FocusDataLoaders, path, level: str = "variant", valid_pct: float | None = None, seed: int = 0, **kwargs) -> FocusDataLoaders:
+    "DataLoaders of FGVC-Aircraft (see `aircraft_table`, `from_table`)."
+    return cls.from_table(aircraft_table(path, level, valid_pct, seed), path, **kwargs)
+
+@patch(cls_method=True)
+def from_cars(cls: FocusDataLoaders, path, valid_pct: float | None = None, seed: int = 0, **kwargs) -> FocusDataLoaders:
+    "DataLoaders of Stanford Cars (see `cars_table`, `from_table`)."
+    path = Path(path)
+    return cls.from_table(cars_table(path, valid_pct, seed), path / "stanford_cars" if (path / "stanford_cars").is_dir() else path, **kwargs)
+
+# %% ../nbs/60_data.ipynb #60_data036
+@patch
+def truth(self: FocusDataLoaders,
+    items: list,               # items of the validation set
+) -> dict[str, np.ndarray]:    # box (B,4), and where known parts (B,P,3) x, y, radius and visible (B,P): pixels of the network's input
+    "Boxes and parts as validation pictures show them. ValueError where the table has none."
+    if "box" not in self.table: raise ValueError("these DataLoaders know no boxes: localisation needs a table with a column 'box'")
+    rows = self.table.loc[[str(item) for item in items]]
+    found = {name: np.stack(rows[name]) for name in ("box", "parts", "visible") if name in rows}
+    if self.geometry is None: return found
+    resize, squash = self.geometry
+    sizes = np.array([Image.open(Path(self.path) / file).size for file in rows.file], np.float32)            # (B,2) width, height
+    scale = resize / sizes if squash else np.repeat(resize / sizes.min(1, keepdims=True), 2, 1)
+    shift = (self.image_size - sizes * scale) / 2
+    found["box"] = found["box"] * np.tile(scale, 2) + np.tile(shift, 2)
+    if "parts" in found:
+        found["parts"] = np.concatenate([found["parts"][..., :2] * scale[:, None] + shift[:, None], found["parts"][..., 2:] * scale.mean(1)[:, None, None]], -1)
+    return found

@@ -20,7 +20,7 @@ from fastai.callback.channelslast import *   # noqa: F403 -- patches to_channels
 from fastai.torch_core import set_seed
 
 from .data import FocusDataLoaders
-from .learner import FocusLearner, _look, focus_learner, history, to_pixels
+from .learner import FocusLearner, look, focus_learner, history, to_pixels
 from .plot import plot_curves, plot_focus
 
 # %% ../nbs/75_experiment.ipynb #75_experimen006
@@ -128,7 +128,7 @@ def regions_figure(learn: FocusLearner, k: int = 12):
     items = list(learn.dls.valid_ds.items)
     dl = learn.dls.test_dl([items[i] for i in spread(len(items), k)], with_labels=True, bs=k, num_workers=0)
     x, y = dl.one_batch()
-    focus = _look(learn, x)
+    focus = look(learn, x)
     short = lambda i: (name := str(learn.dls.vocab[i]))[:24] + ("…" if len(name) > 24 else "")
     guess, truth = focus.answer.argmax(1).tolist(), y.tolist()
     titles = [short(g) if g == t else f"{short(g)}\n(is {short(t)})" for g, t in zip(guess, truth)]

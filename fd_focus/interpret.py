@@ -6,14 +6,13 @@
 __all__ = ['pointing_game', 'part_hit_rate', 'object_coverage', 'box_recall', 'localisation', 'chance_level', 'PartHitRate']
 
 # %% ../nbs/80_interpret.ipynb #80_interpret003
-import numpy as np
 import pandas as pd
 import torch
 from fastai.learner import Metric
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from .learner import FocusLearner, _look
+from .learner import FocusLearner, look
 from .regions import propose_from_table
 
 # %% ../nbs/80_interpret.ipynb #80_interpret006
@@ -71,25 +70,23 @@ def box_recall(
     return (iou >= iou_threshold).cummax(1).values
 
 # %% ../nbs/80_interpret.ipynb #80_interpret012
-def _truth(dls, items) -> tuple[Tensor, Tensor | None]:
-    "(B,4) boxes and (B,P,3) parts (x, y, radius) of items. KeyError if the table has none."
-    table = getattr(dls, "table", None)
-    if table is None or "box" not in table: raise ValueError("these DataLoaders know no boxes: localisation needs a table with a column 'box'")
-    rows = table.loc[[str(item) for item in items]]
-    parts = torch.from_numpy(np.stack(rows.parts)) if "parts" in rows else None
-    return torch.from_numpy(np.stack(rows.box)).float(), parts
+def _truth(dls, items) -> dict[str, Tensor]:
+    "box (B,4), and where known parts (B,P,3) and visible (B,P), in pixels of the network's input. ValueError without boxes."
+    if not hasattr(dls, "truth"): raise ValueError("these DataLoaders know no boxes: localisation needs FocusDataLoaders with a table of boxes")
+    return {name: torch.from_numpy(values) for name, values in dls.truth(items).items()}
 
-def _metrics(attention, regions, box, parts, image_size) -> dict[str, Tensor]:
+def _metrics(attention, regions, truth, image_size) -> dict[str, Tensor]:
     "Per-image values of every metric that the truth allows, by name."
-    values = {"pointing game, object": pointing_game(attention, box, image_size).float()}
+    values = {"pointing game, object": pointing_game(attention, truth["box"], image_size).float()}
     m = regions.shape[1]
-    if parts is not None:
-        extents = torch.cat([parts[..., :2] - parts[..., 2:], parts[..., :2] + parts[..., 2:]], -1)
-        values["pointing game, any part"] = pointing_game(attention, extents, image_size).float()
-        hits = part_hit_rate(regions, parts[..., :2])
+    if "parts" in truth:
+        centres, radii = truth["parts"][..., :2], truth["parts"][..., 2:]
+        if radii.any(): values["pointing game, any part"] = pointing_game(attention, torch.cat([centres - radii, centres + radii], -1), image_size).float()
+        hits = part_hit_rate(regions, centres, truth.get("visible"))
         values |= {f"part hit rate at {k}": hits[:, k - 1] for k in range(1, m + 1)}
-    coverage = object_coverage(regions, box)
-    return values | {f"object coverage at {k}": coverage[:, k - 1] for k in range(1, m + 1)}
+    coverage = object_coverage(regions, truth["box"])
+    recall = box_recall(regions, truth["box"]).float()
+    return values | {f"object coverage at {k}": coverage[:, k - 1] for k in range(1, m + 1)} | {f"box recall at {m}": recall[:, -1]}
 
 def localisation(
     learn: FocusLearner,     # with a FocusNet, and a table with box (and parts) in `learn.dls`
@@ -99,15 +96,15 @@ def localisation(
     "Localisation metrics on the validation set, beside the chance level of random attention. ValueError without truth."
     dls, net = learn.dls, learn.model
     items = list(dls.valid_ds.items)
-    box, parts = _truth(dls, items)
-    looks = [_look(learn, x) for x, *_ in dls.valid]
+    truth = _truth(dls, items)
+    looks = [look(learn, x) for x, *_ in dls.valid]
     attention, regions = torch.cat([f.attention for f in looks]), torch.cat([f.boxes for f in looks])
-    found = _metrics(attention, regions, box, parts, net.image_size)
+    found = _metrics(attention, regions, truth, net.image_size)
     generator = torch.Generator().manual_seed(seed)
     rounds = []
     for _ in range(n_random):
         noise = torch.rand(attention.shape, generator=generator)
-        rounds.append(_metrics(noise, net.grid.cpu()[propose_from_table(noise, net.suppresses.cpu(), net.m)], box, parts, net.image_size))
+        rounds.append(_metrics(noise, net.grid.cpu()[propose_from_table(noise, net.suppresses.cpu(), net.m)], truth, net.image_size))
     return pd.DataFrame({"value": {name: v.nanmean().item() for name, v in found.items()},
                          "chance": {name: torch.stack([r[name] for r in rounds]).nanmean().item() for name in found}})
 
@@ -119,15 +116,17 @@ def chance_level(learn: FocusLearner, **kwargs) -> pd.Series:
 class PartHitRate(Metric):
     "Part hit rate at k over the validation pictures, as a fastai metric. Needs a table with parts in `dls`."
     def __init__(self, dls, k: int = 4):
-        self.k, (_, parts) = k, _truth(dls, dls.valid_ds.items)
-        if parts is None: raise ValueError("these DataLoaders know no parts: PartHitRate needs a table with a column 'parts'")
-        self.centres = parts[..., :2]
+        self.k, truth = k, _truth(dls, dls.valid_ds.items)
+        if "parts" not in truth: raise ValueError("these DataLoaders know no parts: PartHitRate needs a table with a column 'parts'")
+        self.centres, self.visible = truth["parts"][..., :2], truth.get("visible")
     def reset(self): self.hits, self.seen = 0., 0
     def accumulate(self, learn):
         focus = learn.model.last_focus
         if focus is None: return
         n = len(focus.boxes)                      # validation keeps the order of items
-        self.hits += part_hit_rate(focus.boxes[:, :self.k].cpu(), self.centres[self.seen:self.seen + n])[:, -1].sum().item()
+        here = slice(self.seen, self.seen + n)
+        rates = part_hit_rate(focus.boxes[:, :self.k].cpu(), self.centres[here], None if self.visible is None else self.visible[here])[:, -1]
+        self.hits += rates.nansum().item()
         self.seen += n
     @property
     def name(self): return f"part_hit_rate_{self.k}"

@@ -1,4 +1,4 @@
-"README.md from nbs/index.ipynb: without hidden and directive cells. `--check` only compares."
+"README.md from nbs/index.ipynb: without hidden cells; cells with `echo: false` show only what they print. `--check` only compares."
 import re
 import sys
 from pathlib import Path
@@ -11,12 +11,20 @@ root = Path(__file__).resolve().parent.parent
 
 def readme() -> str:
     notebook = nbformat.read(root / "nbs" / "index.ipynb", as_version=4)
-    notebook.cells = [cell for cell in notebook.cells if not re.match(r"\s*#\|\s*(hide|default_exp|export)\s*$", cell.source.split("\n")[0])]
-    for cell in notebook.cells: cell.source = "\n".join(line for line in cell.source.split("\n") if not line.startswith("#|"))
+    cells = []
+    for cell in notebook.cells:
+        flags = set(re.findall(r"^#\|\s*(\S+)", cell.source, re.M))
+        if flags & {"hide", "default_exp", "export"}: continue
+        if "echo:" in flags:
+            text = "\n".join(output.data["text/markdown"] for output in cell.outputs if "text/markdown" in output.get("data", {}))
+            cell = nbformat.v4.new_markdown_cell(text)
+        cell.source = "\n".join(line for line in cell.source.split("\n") if not line.startswith("#|"))
+        cells.append(cell)
+    notebook.cells = cells
     body, _ = MarkdownExporter().from_notebook_node(notebook)
     # Links and pictures in the notebook are relative to nbs/, in the README to the root.
     body = re.sub(r"\]\((?!https?://|#|/)([^)]+)\)", lambda m: f"]({(Path('nbs') / m[1]).as_posix()})".replace("nbs/../", ""), body)
-    return "<!-- Made from nbs/index.ipynb by `make readme`. -->\n\n" + body.strip() + "\n"
+    return "<!-- Made from nbs/index.ipynb by `make readme`. -->\n\n" + re.sub(r"\n{3,}", "\n\n", body).strip() + "\n"
 
 
 if __name__ == "__main__":
