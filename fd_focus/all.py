@@ -22,7 +22,7 @@ from .loss import FocusLoss
 from .data import FocusDataLoaders, bad_images, open_image, paper_transforms
 from .plot import REGION_COLOURS, draw_attention, draw_image, draw_regions, plot_curves, plot_focus, plot_zooms
 from .learner import FocusInterpretation, FocusLearner, focus_learner, history, look, to_pixels
-from .experiment import Settings, make_learner, replace, spread, train, write_run
+from .run import Settings, make_learner, replace, spread, train, write_run
 from .interpret import PartHitRate, box_recall, chance_level, localisation, object_coverage, part_hit_rate, pointing_game
 from .export import load_focus, save_focus
 

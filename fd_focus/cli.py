@@ -62,7 +62,7 @@ def _train(settings: dict, out: Path):
     warnings.filterwarnings("ignore", category=UserWarning)
     import matplotlib
     matplotlib.use("agg")
-    from fd_focus.experiment import Settings, train, write_run
+    from fd_focus.run import Settings, train, write_run
     from fd_focus.export import save_focus
     out.mkdir(parents=True, exist_ok=True)       # a folder that cannot be written is known before training, not after
     settings = Settings(**settings)

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .experiment import _put, versions
+from .run import _put, versions
 from .learner import FocusLearner
 from .model import FocusNet, PlainNet
 
