@@ -158,7 +158,9 @@ def _first_look(self: FocusNet, x: Tensor, m: int, target: Tensor | None):
     else: attention = attention_map(maps, self.image_head.weight, target if self.attention == "single" else None, self.sigma)
     cells = propose_from_table(attention, self.suppresses, m)
     boxes = self.grid[cells]
-    if small is not x: boxes = boxes * boxes.new_tensor([x.shape[3], x.shape[2]] * 2) / boxes.new_tensor([*self.image_size[::-1]] * 2)
+    if small is not x:    # numbers, not tensors: a tensor made here would wait for the device
+        scale = x.shape[3] / self.image_size[1], x.shape[2] / self.image_size[0]
+        boxes = torch.stack([boxes[..., k] * scale[k % 2] for k in range(4)], -1)
     return pooled, logits, attention, cells, boxes
 
 @patch

@@ -6,6 +6,7 @@
 __all__ = ['region_grid', 'suppression_table', 'propose_from_table', 'propose']
 
 # %% ../nbs/20_regions.ipynb #20_regions003
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.ops import box_iou
@@ -38,31 +39,53 @@ def suppression_table(
     boxes: Tensor,               # (N,4) xyxy
     iou_threshold: float = 0.25, # boxes that overlap more than this suppress each other
 ) -> Tensor:                     # (N,N) bool: row i holds what box i suppresses
-    "Which box suppresses which. IoU is float32, the threshold double, as in `torchvision.ops.nms`."
-    return box_iou(boxes, boxes).double() > iou_threshold
+    "Which box suppresses which, itself included. IoU is float32, the threshold double, as in `torchvision.ops.nms`."
+    return (box_iou(boxes, boxes).double() > iou_threshold) | torch.eye(len(boxes), dtype=torch.bool, device=boxes.device)
 
+def _greedy(scores: Tensor, table: Tensor, m: int) -> Tensor:
+    "(B,m) picks by tensor operations with static shapes: any device, any graph."
+    alive, tops, picks = scores, [], []
+    for _ in range(m):
+        top, pick = alive.max(1)                                                 # (B,)
+        tops.append(top); picks.append(pick)
+        alive = torch.where(table.index_select(0, pick), -torch.inf, alive)
+    picks, found = torch.stack(picks, 1), torch.stack(tops, 1) > -torch.inf      # (B,m)
+    # Each picture's first pick was alive: writing it again in place of those not found changes nothing.
+    left = scores.scatter(1, torch.where(found, picks, picks[:, :1]), -torch.inf).topk(m).indices
+    place = torch.arange(m, device=scores.device) - found.sum(1, keepdim=True)
+    return torch.where(found, picks, left.gather(1, place.clamp_min(0)))
+
+def _greedy_numpy(scores: np.ndarray, table: np.ndarray, m: int) -> np.ndarray | None:
+    "The same picks by NumPy, or None where a picture has fewer than `m` survivors."
+    alive, picks = scores.copy(), np.empty((len(scores), m), np.int64)
+    for k in range(m):
+        picks[:, k] = pick = alive.argmax(1)
+        last = alive[np.arange(len(alive)), pick] if k == m - 1 else None
+        np.copyto(alive, -np.inf, where=table[pick])
+    return picks if (last > -np.inf).all() else None
+
+def _numpy_can(scores: Tensor) -> bool:
+    "A plain float tensor in the CPU's memory, and nobody recording a graph."
+    return (scores.device.type == "cpu" and type(scores) is Tensor and scores.dtype in (torch.float32, torch.float64)
+            and not torch.compiler.is_compiling() and not torch.jit.is_tracing())
+
+# %% ../nbs/20_regions.ipynb #20_regions027
+@torch.no_grad()
 def propose_from_table(
     attention: Tensor, # (B,h,w) or (B,N) finite scores
     table: Tensor,     # (N,N) from `suppression_table`
     m: int = 6,        # number of regions
 ) -> Tensor:           # (B,m) indices, best first
-    "Batched greedy NMS as `m` rounds of argmax and mask; the best suppressed boxes follow where fewer than `m` survive."
+    "Batched greedy NMS as `m` rounds of maximum and mask; the best suppressed boxes follow where fewer than `m` survive."
     scores = attention.flatten(1)
     if not 0 <= m <= len(table): raise ValueError(f"m={m} regions asked for, but there are only {len(table)} boxes")
     if scores.shape[1] != len(table):
         raise ValueError(f"attention has {scores.shape[1]} cells, but there are {len(table)} boxes")
-    # Ranks are unique whole numbers: a level for life can be added to them without losing the order of any score.
-    ranks = scores.argsort(dim=1, stable=True).argsort(dim=1)      # (B,N)
-    n = scores.shape[1]
-    dead = torch.zeros_like(ranks, dtype=torch.bool)
-    taken = torch.zeros_like(dead)
-    picks = []
-    for _ in range(m):
-        pick = (ranks - n * dead.long() - 2 * n * taken.long()).argmax(1)   # (B,)
-        picks.append(pick)
-        dead = dead | table[pick]
-        taken = taken.scatter(1, pick[:, None], True)
-    return torch.stack(picks, 1) if m else ranks[:, :0]
+    if m == 0: return torch.empty(len(scores), 0, dtype=torch.long, device=scores.device)
+    if _numpy_can(scores):
+        picks = _greedy_numpy(scores.detach().numpy(), table.numpy(), m)
+        if picks is not None: return torch.from_numpy(picks)
+    return _greedy(scores, table, m)
 
 # %% ../nbs/20_regions.ipynb #20_regions015
 def propose(

@@ -25,18 +25,28 @@ def _zoom_any(images: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     return crops.unflatten(2, (m, size[0])).transpose(1, 2).to(images.dtype)
 
 # %% ../nbs/30_zoom.ipynb #30_zoom009
-def _zoom_equal(images: Tensor, boxes: Tensor, size: tuple[int, int], region: tuple[int, int]) -> Tensor:
-    "Zoom of boxes of one size by one gather; corners are rounded to whole pixels."
-    (b, channels, height, width), m = images.shape, boxes.shape[1]
-    left = boxes[..., 0].round().long().clamp(0, width - region[1])              # (B,m)
-    top = boxes[..., 1].round().long().clamp(0, height - region[0])
+def _windows(images: Tensor, top: Tensor, left: Tensor, region: tuple[int, int]) -> Tensor:
+    "(B,m,3,*region) pixels below and right of the corners (B,m): one copy out of a view of all windows."
+    batch = torch.arange(len(images), device=images.device)[:, None]
+    return images.unfold(2, region[0], 1).unfold(3, region[1], 1)[batch, :, top, left]
+
+def _windows_gather(images: Tensor, top: Tensor, left: Tensor, region: tuple[int, int]) -> Tensor:
+    "The same by one gather with corner + offset: index arithmetic that every exporter and runtime knows."
+    (b, channels, _, width), m = images.shape, top.shape[1]
     offsets = torch.arange(region[0], device=images.device)[:, None] * width + torch.arange(region[1], device=images.device)
     index = (top * width + left)[..., None] + offsets.flatten()                   # (B,m,r*r)
     pixels = images.flatten(2).gather(2, index.flatten(1)[:, None].expand(-1, channels, -1))
+    return pixels.view(b, channels, m, *region).transpose(1, 2)
+
+def _zoom_equal(images: Tensor, boxes: Tensor, size: tuple[int, int], region: tuple[int, int]) -> Tensor:
+    "Zoom of boxes of one size; corners are rounded to whole pixels."
+    (b, channels, height, width), m = images.shape, boxes.shape[1]
+    left = boxes[..., 0].round().long().clamp(0, width - region[1])              # (B,m)
+    top = boxes[..., 1].round().long().clamp(0, height - region[0])
+    pixels = (_windows_gather if torch.compiler.is_compiling() else _windows)(images, top, left, region)
     # One plane a row: `interpolate` takes its slow path for many channels of an odd number.
-    planes = pixels.reshape(b * channels * m, 1, *region)
-    crops = F.interpolate(planes, size=size, mode="bilinear", align_corners=False)
-    return crops.view(b, channels, m, *size).transpose(1, 2)
+    planes = pixels.reshape(b * m * channels, 1, *region)
+    return F.interpolate(planes, size=size, mode="bilinear", align_corners=False).view(b, m, channels, *size)
 
 # %% ../nbs/30_zoom.ipynb #30_zoom012
 @torch.no_grad()
