@@ -10,7 +10,7 @@ __all__ = ['ToyBirds', 'ToyItem', 'ToyTruth', 'draw_bird', 'toy_items', 'attenti
            'plot_curves', 'plot_focus', 'plot_zooms', 'FocusInterpretation', 'FocusLearner', 'focus_learner', 'history',
            'look', 'to_pixels', 'Settings', 'make_learner', 'replace', 'spread', 'train', 'write_run', 'PartHitRate',
            'box_recall', 'chance_level', 'localisation', 'object_coverage', 'part_hit_rate', 'pointing_game',
-           'load_focus', 'save_focus']
+           'FocusPipeline', 'load_focus', 'save_focus', 'FocusClassifier', 'Prediction', 'draw_prediction']
 
 # %% ../nbs/98_all.ipynb #98_all002
 from .toy import ToyBirds, ToyItem, ToyTruth, draw_bird, toy_items
@@ -24,7 +24,8 @@ from .plot import REGION_COLOURS, draw_attention, draw_image, draw_regions, plot
 from .learner import FocusInterpretation, FocusLearner, focus_learner, history, look, to_pixels
 from .run import Settings, make_learner, replace, spread, train, write_run
 from .interpret import PartHitRate, box_recall, chance_level, localisation, object_coverage, part_hit_rate, pointing_game
-from .export import load_focus, save_focus
+from .export import FocusPipeline, load_focus, save_focus
+from .predict import FocusClassifier, Prediction, draw_prediction
 
 _all_ = ["ToyBirds", "ToyItem", "ToyTruth", "draw_bird", "toy_items", "attention_map", "class_activation_maps", "smooth",
          "propose", "propose_from_table", "region_grid", "suppression_table", "zoom", "Focus", "FocusNet",
@@ -32,4 +33,5 @@ _all_ = ["ToyBirds", "ToyItem", "ToyTruth", "draw_bird", "toy_items", "attention
          "open_image", "paper_transforms", "REGION_COLOURS", "draw_attention", "draw_image", "draw_regions",
          "plot_curves", "plot_focus", "plot_zooms", "FocusInterpretation", "FocusLearner", "focus_learner",
          "history", "look", "to_pixels", "Settings", "make_learner", "replace", "spread", "train", "write_run", "PartHitRate", "box_recall", "chance_level", "localisation",
-         "object_coverage", "part_hit_rate", "pointing_game", "load_focus", "save_focus"]
+         "object_coverage", "part_hit_rate", "pointing_game", "FocusPipeline", "load_focus", "save_focus",
+         "FocusClassifier", "Prediction", "draw_prediction"]

@@ -50,14 +50,14 @@ class LossParts(Callback):
 
 class LossPart(Metric):
     "One term of the training loss, as a column of the table."
-    def __init__(self, part: str): self.part = part   # 'image', 'region' or 'hybrid'
+    def __init__(self, part: str): self.part, self.source = part, None   # 'image', 'region' or 'hybrid'
     def reset(self): pass
     def accumulate(self, learn): self.source = learn.loss_parts
     @property
     def name(self): return f"train_{self.part}_loss"
     @property
     def value(self):
-        if not self.source.count: return None
+        if not getattr(self.source, "count", 0): return None    # not trained yet
         return float(self.source.sums[self.part]) / self.source.count
 
 # %% ../nbs/70_learner.ipynb #70_learner010

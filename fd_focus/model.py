@@ -106,7 +106,10 @@ class FocusNet(nn.Module):
         crop_grad: bool = True,           # False: crops train the heads, but not the body
         answer: str = "hybrid",           # in eval mode: the 'hybrid' head's (the paper), or the 'ensemble' of all three heads
     ):
+        # All arguments but the body, first of all: a model folder records them without a list that could be forgotten.
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "body", "n_classes", "__class__")}
         super().__init__()
+        self.arguments = arguments
         if n_classes < 2: raise ValueError(f"n_classes={n_classes}; a classifier needs at least 2")
         if not 0 <= l <= m: raise ValueError(f"l={l} regions are to be used of m={m}; l must be from 0 to m")
         self.attention = _one_of("attention", attention, ATTENTIONS)

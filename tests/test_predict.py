@@ -1,0 +1,202 @@
+"A model folder answers as the learner did, whatever the picture comes as."
+import io
+import json
+import threading
+
+import numpy as np
+import pytest
+import torch
+from fastai.vision.augment import RandomCrop, Resize
+from PIL import Image
+
+from fd_focus.data import FocusDataLoaders
+from fd_focus.export import load_focus, save_focus
+from fd_focus.learner import focus_learner
+from fd_focus.predict import FocusClassifier, Prediction, draw_prediction, prepare
+from fd_focus.toy import ToyBirds
+
+SIZES = ((90, 70), (64, 120), (77, 77))    # of the original pictures, width and height
+
+
+@pytest.fixture(scope="module")
+def birds(tmp_path_factory):
+    "Thirty birds of three classes as files of several shapes and kinds."
+    folder, drawn = tmp_path_factory.mktemp("birds"), ToyBirds(images_per_class=10, n_classes=3, image_size=80)
+    for i in range(len(drawn)):
+        image, label = drawn[i]
+        (folder / drawn.classes[label]).mkdir(exist_ok=True)
+        image = image.resize(SIZES[i % 3]).convert(("RGB", "L", "CMYK", "RGB")[i % 4])
+        image.save(folder / drawn.classes[label] / f"{i:02d}.jpg", quality=95)
+    return folder
+
+
+def shaken(net, seed=0):
+    "Random heads and batch norm statistics, so that a picture matters."
+    torch.manual_seed(seed)
+    for name, tensor in net.state_dict().items():
+        if name.endswith("running_var"): tensor.uniform_(.5, 2)
+        elif name.endswith("running_mean"): tensor.normal_(0, .2)
+        elif "head" in name: tensor.normal_(0, .3)
+    return net.eval()
+
+
+def make(dls, folder, arch="toy_resnet", extras={}, **kwargs):
+    learn = focus_learner(dls, arch, pretrained=False, **kwargs)
+    shaken(learn.model)
+    return learn, save_focus(learn, folder, arch, **extras)
+
+
+def expected(learn, dl):
+    with learn.no_bar(): return learn.get_preds(dl=dl)[0]
+
+
+@pytest.mark.parametrize("squash", [True, False])
+def test_files_as_in_validation(birds, tmp_path, squash):
+    dls = FocusDataLoaders.from_folder(birds, image_size=64, squash=squash, bs=4, num_workers=0)
+    learn, folder = make(dls, tmp_path / "model")
+    items = list(dls.valid_ds.items)
+    want = expected(learn, dls.test_dl(items))
+    found = FocusClassifier.load(folder, "cpu").predict([birds / item for item in items], bs=4)
+    assert torch.allclose(torch.stack([f.probabilities for f in found]), want, atol=1e-4)
+    assert want.std(0).max() > .01                       # the pictures do differ
+    assert [f.label for f in found] == [dls.vocab[i] for i in want.argmax(1)]
+
+
+def test_toy_items_as_in_validation(tmp_path):
+    dls = FocusDataLoaders.from_toy(4, 4, image_size=64, n_classes=3, bs=8)
+    learn, folder = make(dls, tmp_path / "model", net_kwargs=dict(answer="ensemble", fusion="sum"))
+    items = list(dls.valid_ds.items)
+    read = dls.valid_ds.tfms[0][0]
+    found = FocusClassifier.load(folder, "cpu").predict([read(item) for item in items])
+    assert torch.allclose(torch.stack([f.probabilities for f in found]), expected(learn, dls.test_dl(items)), atol=1e-4)
+
+
+def test_other_transforms(birds, tmp_path):
+    "fastai's own transforms, own statistics, a first look smaller than the input."
+    from fastai.data.transforms import Normalize
+    dls = FocusDataLoaders.from_folder(birds, image_size=96, bs=4, num_workers=0, item_tfms=[Resize((120, 110)), RandomCrop(96)],
+                                       batch_tfms=[Normalize.from_stats([.4, .5, .6], [.3, .2, .1])])
+    learn, folder = make(dls, tmp_path / "model", image_size=64)
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["resize"], config["input_size"], config["image_size"], config["squash"]) == ([120, 110], [96, 96], [64, 64], False)
+    items = list(dls.valid_ds.items)
+    found = FocusClassifier.load(folder, "cpu").predict([birds / item for item in items])
+    assert torch.allclose(torch.stack([f.probabilities for f in found]), expected(learn, dls.test_dl(items)), atol=1e-4)
+
+
+def test_transforms_that_cannot_be_recorded(birds, tmp_path):
+    from fastai.vision.augment import RandomResizedCrop
+    dls = FocusDataLoaders.from_folder(birds, image_size=64, bs=4, num_workers=0, item_tfms=[RandomResizedCrop(64)])
+    with pytest.warns(UserWarning, match="RandomResizedCrop, which a model folder cannot record"): make(dls, tmp_path / "model")
+
+
+@pytest.fixture(scope="module")
+def model(birds, tmp_path_factory):
+    dls = FocusDataLoaders.from_folder(birds, image_size=64, bs=4, num_workers=0)
+    return make(dls, tmp_path_factory.mktemp("model"))[1]
+
+
+@pytest.mark.parametrize("squash", [True, False])
+def test_boxes_lie_on_the_original(model, squash):
+    "Each box, cut from the original and enlarged, is what the network cut from its own input."
+    classifier = FocusClassifier.load(model, "cpu")
+    classifier.squash = squash
+    y, x = np.mgrid[0:300, 0:400]
+    smooth = Image.fromarray(np.stack([x * 255 / 400, y * 255 / 300, (x + y) * 255 / 700], -1).astype(np.uint8))
+    found = classifier.predict(smooth)
+    seen, view = prepare(smooth, classifier.resize, classifier.input_size, squash)
+    with torch.no_grad(): boxes = classifier.pipeline(torch.from_numpy(np.array(seen)).permute(2, 0, 1)[None].float() / 255)[1][0]
+    assert len(found.boxes) == 4 and found.size == (300, 400)
+    for ours, theirs in zip(found.boxes.tolist(), boxes.tolist()):
+        a = np.asarray(smooth.crop([round(v) for v in ours]), float).mean((0, 1))
+        b = np.asarray(seen.crop([round(v) for v in theirs]), float).mean((0, 1))
+        assert np.abs(a - b).max() < 4, (a, b)             # of 255: corners were rounded to pixels
+    inside = found.boxes
+    assert (inside[:, :2] >= found.view[:2] - .01).all() and (inside[:, 2:] <= found.view[2:] + .01).all()
+
+
+def test_kinds_of_pictures(model, birds):
+    classifier = FocusClassifier.load(model, "cpu")
+    file = sorted(birds.rglob("*.jpg"))[0]
+    image = Image.open(file).convert("RGB")
+    array = np.asarray(image)
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
+    want = classifier.predict(file)
+    assert isinstance(want, Prediction) and abs(want.probabilities.sum() - 1) < 1e-5 and want.top5[0] == (want.label, want.probability)
+    kinds = [str(file), image, array, tensor, tensor / 255, file.read_bytes(), io.BytesIO(file.read_bytes())]
+    for found in [classifier.predict(kind) for kind in kinds] + classifier.predict(kinds[:5]) + classifier.predict(tensor[None]) + classifier.predict(array[None]):
+        assert torch.allclose(found.probabilities, want.probabilities, atol=1e-5) and torch.equal(found.boxes, want.boxes)
+    grey = np.asarray(image.convert("L"))
+    assert torch.equal(classifier.predict(grey).probabilities, classifier.predict(np.stack([grey] * 3, -1)).probabilities)
+    turned = image.rotate(90, expand=True)
+    turned.getexif()[0x112] = 6
+    buffer = io.BytesIO()
+    turned.save(buffer, "png", exif=turned.getexif())
+    assert classifier.predict(buffer.getvalue()).size == (image.height, image.width)
+
+
+def test_bad_pictures(model, tmp_path):
+    classifier = FocusClassifier.load(model, "cpu")
+    (tmp_path / "text.jpg").write_text("no picture")
+    whole = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (99, 99, 3), np.uint8)).save(whole, "jpeg")
+    (tmp_path / "cut.jpg").write_bytes(whole.getvalue()[:2000])
+    for source, message in ((tmp_path / "text.jpg", "text.jpg cannot be read as a picture"), (tmp_path / "cut.jpg", "cut.jpg cannot be read.*truncated"),
+                            (tmp_path, "cannot be read as a picture: Is a directory"), (np.zeros((4, 4, 7)), "shape .4, 4, 7.; give an array"),
+                            (torch.full((3, 8, 8), 9.), "give 0 to 1"), (torch.full((3, 8, 8), float("nan")), "give 0 to 1"), (None, "give a path")):
+        with pytest.raises(ValueError, match=message): classifier.predict(source)
+    with pytest.raises(FileNotFoundError, match="no file .*gone.jpg"): classifier.predict(tmp_path / "gone.jpg")
+    with pytest.raises(ValueError, match="bs=0"): classifier.predict([], bs=0)
+
+
+def test_temperature_and_threshold(birds, tmp_path):
+    dls = FocusDataLoaders.from_folder(birds, image_size=64, bs=4, num_workers=0)
+    learn, plain = make(dls, tmp_path / "plain")
+    hot = save_focus(learn, tmp_path / "hot", "toy_resnet", temperature=3., threshold=.4)
+    file = sorted(birds.rglob("*.jpg"))[0]
+    cold, warm = (FocusClassifier.load(folder, "cpu").predict(file) for folder in (plain, hot))
+    assert torch.allclose((cold.probabilities.log() / 3).softmax(-1), warm.probabilities, atol=1e-5)
+    assert cold.sure is None and warm.sure is (warm.probability >= .4) and warm.label == cold.label
+    sure = save_focus(learn, tmp_path / "sure", "toy_resnet", threshold=0.)
+    assert FocusClassifier.load(sure, "cpu").predict(file).sure is True
+
+
+def test_plain_model(birds, tmp_path):
+    dls = FocusDataLoaders.from_folder(birds, image_size=64, bs=4, num_workers=0)
+    learn, folder = make(dls, tmp_path / "model", plain=True)
+    items = list(dls.valid_ds.items)
+    found = FocusClassifier.load(folder, "cpu").predict([birds / item for item in items])
+    assert torch.allclose(torch.stack([f.probabilities for f in found]), expected(learn, dls.test_dl(items)), atol=1e-4)
+    assert found[0].boxes.shape == (0, 4) and found[0].attention is None
+    json.dumps(found[0].as_dict())
+    assert draw_prediction(birds / items[0], found[0]).size == found[0].size[::-1]
+
+
+def test_stream_holds_little(model):
+    "A thousand pictures that count how many of them are alive."
+    alive, most, lock = set(), [0], threading.Lock()
+    class Counted(np.ndarray):
+        def __del__(self):
+            with lock: alive.discard(id(self))
+    def pictures():
+        for i in range(200):
+            picture = np.full((8, 8, 3), i, np.uint8).view(Counted)
+            with lock: alive.add(id(picture)); most[0] = max(most[0], len(alive))
+            yield picture
+            del picture
+    classifier, n = FocusClassifier.load(model, "cpu"), 0
+    for source, found in classifier.stream(pictures(), bs=4):
+        assert isinstance(found, Prediction); n += 1
+    assert n == 200 and most[0] <= 20, most
+
+
+def test_drawing(model, birds):
+    classifier = FocusClassifier.load(model, "cpu")
+    image = Image.fromarray(np.full((300, 400, 3), 100, np.uint8))
+    found = classifier.predict(image)
+    drawn = np.asarray(draw_prediction(image, found))
+    assert drawn.shape == (300, 400, 3)
+    x, y = [int(v) for v in found.boxes[0, :2].round()]
+    assert (drawn[y + 1, x + 5] == [255, 0, 0]).all()                       # the best region is red and on top
+    assert (drawn[2, 2] == 50).all()                                        # not seen
+    assert draw_prediction(image, found, longest=100).size == (100, 75)
