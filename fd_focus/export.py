@@ -130,7 +130,7 @@ class FocusPipeline(nn.Module):
         if not self.focuses: return (self._probabilities(net(x)),)
         used = net.l if net.hybrid_head is not None or net.answer == "ensemble" else 0
         pooled, logits, attention, cells, boxes = net._first_look(x, used or net.m, None)
-        answer = net._decide(logits, pooled, net._second_look(x, boxes[:, :used]))
+        answer = net._decide(logits, pooled, net._second_look(x, boxes[:, :used]), cells[:, :used])
         return self._probabilities(answer), boxes, attention.flatten(1).gather(1, cells), attention
 
     def _probabilities(self, logits: Tensor) -> Tensor: return (logits / self.temperature).softmax(-1)
