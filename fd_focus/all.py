@@ -10,7 +10,8 @@ __all__ = ['ToyBirds', 'ToyItem', 'ToyTruth', 'draw_bird', 'toy_items', 'attenti
            'plot_curves', 'plot_focus', 'plot_zooms', 'FocusInterpretation', 'FocusLearner', 'focus_learner', 'history',
            'look', 'to_pixels', 'Settings', 'make_learner', 'replace', 'spread', 'train', 'write_run', 'PartHitRate',
            'box_recall', 'chance_level', 'localisation', 'object_coverage', 'part_hit_rate', 'pointing_game',
-           'FocusPipeline', 'load_focus', 'save_focus', 'FocusClassifier', 'Prediction', 'draw_prediction']
+           'FocusPipeline', 'load_focus', 'save_focus', 'FocusClassifier', 'Prediction', 'draw_prediction',
+           'Checkpoint', 'KeepBest', 'stoppable']
 
 # %% ../nbs/98_all.ipynb #98_all002
 from .toy import ToyBirds, ToyItem, ToyTruth, draw_bird, toy_items
@@ -22,6 +23,7 @@ from .loss import FocusLoss
 from .data import FocusDataLoaders, bad_images, open_image, paper_transforms
 from .plot import REGION_COLOURS, draw_attention, draw_image, draw_regions, plot_curves, plot_focus, plot_zooms
 from .learner import FocusInterpretation, FocusLearner, focus_learner, history, look, to_pixels
+from .checkpoint import Checkpoint, KeepBest, stoppable
 from .run import Settings, make_learner, replace, spread, train, write_run
 from .interpret import PartHitRate, box_recall, chance_level, localisation, object_coverage, part_hit_rate, pointing_game
 from .export import FocusPipeline, load_focus, save_focus
@@ -34,4 +36,4 @@ _all_ = ["ToyBirds", "ToyItem", "ToyTruth", "draw_bird", "toy_items", "attention
          "plot_curves", "plot_focus", "plot_zooms", "FocusInterpretation", "FocusLearner", "focus_learner",
          "history", "look", "to_pixels", "Settings", "make_learner", "replace", "spread", "train", "write_run", "PartHitRate", "box_recall", "chance_level", "localisation",
          "object_coverage", "part_hit_rate", "pointing_game", "FocusPipeline", "load_focus", "save_focus",
-         "FocusClassifier", "Prediction", "draw_prediction"]
+         "FocusClassifier", "Prediction", "draw_prediction", "Checkpoint", "KeepBest", "stoppable"]
