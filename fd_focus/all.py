@@ -11,7 +11,7 @@ __all__ = ['ToyBirds', 'ToyItem', 'ToyTruth', 'draw_bird', 'toy_items', 'attenti
            'look', 'to_pixels', 'Settings', 'make_learner', 'replace', 'spread', 'train', 'write_run', 'PartHitRate',
            'box_recall', 'chance_level', 'localisation', 'object_coverage', 'part_hit_rate', 'pointing_game',
            'FocusPipeline', 'load_focus', 'save_focus', 'FocusClassifier', 'Prediction', 'draw_prediction',
-           'Checkpoint', 'KeepBest', 'stoppable']
+           'Checkpoint', 'KeepBest', 'stoppable', 'push_to_hub', 'write_card']
 
 # %% ../nbs/98_all.ipynb #98_all002
 from .toy import ToyBirds, ToyItem, ToyTruth, draw_bird, toy_items
@@ -26,7 +26,7 @@ from .learner import FocusInterpretation, FocusLearner, focus_learner, history, 
 from .checkpoint import Checkpoint, KeepBest, stoppable
 from .run import Settings, make_learner, replace, spread, train, write_run
 from .interpret import PartHitRate, box_recall, chance_level, localisation, object_coverage, part_hit_rate, pointing_game
-from .export import FocusPipeline, load_focus, save_focus
+from .export import FocusPipeline, load_focus, push_to_hub, save_focus, write_card
 from .predict import FocusClassifier, Prediction, draw_prediction
 
 _all_ = ["ToyBirds", "ToyItem", "ToyTruth", "draw_bird", "toy_items", "attention_map", "class_activation_maps", "smooth",
@@ -36,4 +36,5 @@ _all_ = ["ToyBirds", "ToyItem", "ToyTruth", "draw_bird", "toy_items", "attention
          "plot_curves", "plot_focus", "plot_zooms", "FocusInterpretation", "FocusLearner", "focus_learner",
          "history", "look", "to_pixels", "Settings", "make_learner", "replace", "spread", "train", "write_run", "PartHitRate", "box_recall", "chance_level", "localisation",
          "object_coverage", "part_hit_rate", "pointing_game", "FocusPipeline", "load_focus", "save_focus",
-         "FocusClassifier", "Prediction", "draw_prediction", "Checkpoint", "KeepBest", "stoppable"]
+         "FocusClassifier", "Prediction", "draw_prediction", "Checkpoint", "KeepBest", "stoppable",
+         "push_to_hub", "write_card"]

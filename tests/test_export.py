@@ -1,0 +1,229 @@
+"Model folders: nothing is lost, nothing runs, and what is wrong is named."
+import inspect
+import io
+import json
+import pickle
+import shutil
+import types
+
+import pytest
+import torch
+from PIL import Image
+
+from fd_focus.data import FocusDataLoaders
+from fd_focus.export import load_focus, push_to_hub, save_focus, write_card
+from fd_focus.learner import focus_learner
+from fd_focus.model import FocusNet, PlainNet, toy_resnet
+
+
+def shaken(net, seed=0):
+    "Random heads and batch norm statistics, so that a picture matters."
+    torch.manual_seed(seed)
+    for name, tensor in net.state_dict().items():
+        if name.endswith("running_var"): tensor.uniform_(.5, 2)
+        elif name.endswith("running_mean"): tensor.normal_(0, .2)
+        elif "head" in name: tensor.normal_(0, .3)
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def dls(): return FocusDataLoaders.from_toy(2, 1, image_size=64, n_classes=3, bs=2)
+
+
+def learner(dls, **kwargs):
+    learn = focus_learner(dls, kwargs.pop("arch", "toy_resnet"), pretrained=False, **kwargs)
+    shaken(learn.model)
+    return learn
+
+
+@pytest.fixture(scope="module")
+def saved(dls, tmp_path_factory): return save_focus(learner(dls), tmp_path_factory.mktemp("saved") / "model", "toy_resnet", metrics=dict(accuracy=.875))
+
+
+@pytest.fixture
+def folder(saved, tmp_path): return shutil.copytree(saved, tmp_path / "model")
+
+
+def change(folder, drop=(), **values):
+    config = json.loads((folder / "config.json").read_text()) | values
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in drop}))
+
+
+OTHER = dict(region_size=30, zoom_size=40, m=5, l=2, iou_threshold=.5, sigma=0., attention="single", fusion="sum", order="place",
+             hybrid=False, crop_norm="running", crop_grad=False, answer="ensemble")
+
+
+def test_every_argument_survives(dls, tmp_path):
+    "One model a value away from every default, and both models answer alike after loading."
+    defaults = {n: p.default for n, p in inspect.signature(FocusNet.__init__).parameters.items() if p.default is not inspect.Parameter.empty}
+    assert set(defaults) == set(OTHER) | {"image_size"}, "a new argument of FocusNet: give it a value here"
+    x = torch.rand(2, 3, 64, 64)
+    for kwargs in ({name: value} for name, value in OTHER.items()):
+        if set(kwargs) == {"fusion"}: kwargs["l"] = 3
+        learn = learner(dls, net_kwargs=kwargs)
+        net = load_focus(save_focus(learn, tmp_path / next(iter(kwargs)), "toy_resnet"))
+        assert {name: net.arguments[name] for name in kwargs} == {n: (v, v) if n.endswith("_size") else v for n, v in kwargs.items()}
+        with torch.no_grad(): assert torch.allclose(net(x), learn.model(x), atol=1e-5)
+    net = load_focus(save_focus(learner(dls, net_kwargs=OTHER), tmp_path / "all", "toy_resnet"))
+    assert not net.training and net.hybrid_head is None and net.suppresses.shape == (16, 16) and net.grid[0, 2] == 30
+
+
+def test_plain_and_custom_body(dls, tmp_path):
+    learn = learner(dls, plain=True)
+    net = load_focus(save_focus(learn, tmp_path / "plain", "toy_resnet"))
+    x = torch.rand(1, 3, 64, 64)
+    assert isinstance(net, PlainNet) and torch.allclose(net(x), learn.model(x), atol=1e-5)
+    learn = learner(dls, arch=toy_resnet((8, 16)))
+    folder = save_focus(learn, tmp_path / "own", "my own body")
+    with pytest.raises(ValueError, match="config.json: arch='my own body' is no model of torchvision"): load_focus(folder)
+    net = load_focus(folder, body=toy_resnet((8, 16)))
+    assert net.n_features == 16
+    with pytest.raises(ValueError, match="does not fit its config.json"): load_focus(folder, body=toy_resnet((8, 20)))
+
+
+def test_old_call_and_what_the_config_holds(saved):
+    config = json.loads((saved / "config.json").read_text())
+    assert {"arch", "classes", "image_size", "region_size", "zoom_size", "m", "l", "mean", "std", "versions", "metrics"} <= set(config)
+    assert "temperature" not in config and config["metrics"] == dict(accuracy=.875) and {"torch", "fd_focus"} <= set(config["versions"])
+    assert config["mean"] == [.485, .456, .406]
+    assert {p.name for p in saved.iterdir()} == {"config.json", "model.safetensors", "README.md"}
+
+
+def test_folder_of_before(folder):
+    "Folders written before a key existed still load."
+    change(folder, drop=("arguments", "sha256", "resize", "input_size", "squash", "order", "crop_grad"))
+    assert load_focus(folder).l == 4
+
+
+@pytest.mark.parametrize("values,message", [
+    (dict(classes=["a", "a", "b"]), "classes is .'a', 'a', 'b'., but should be a list of two or more different names"),
+    (dict(classes="abc"), "classes is 'abc', but should be"), (dict(image_size=[64, 1e9]), "image_size is .64, 1000000000.0., but should be 1 to 8192"),
+    (dict(image_size=-1), "image_size is -1, but"), (dict(std=[1, 0, 1]), "std is .1, 0, 1., but should be three numbers above 0"),
+    (dict(mean=[1, None, 1]), "mean is"), (dict(arch=["resnet50"]), "arch is"), (dict(arch="os.system"), "'os.system' is no model of torchvision"),
+    (dict(arch="hf_hub:somebody/model"), "is no model of torchvision"), (dict(arch="../model"), "is no model of torchvision"),
+    (dict(cut="layer9"), "config.json: cut='layer9' is none of the body's layers"), (dict(m="6"), "m is '6', but should be int"), (dict(l=True), "l is True, but should be int"),
+    (dict(sigma="wide"), "sigma is 'wide', but should be int or float"), (dict(fusion="vote"), "fusion='vote' is none of"), (dict(l=9), "l=9 regions are to be used of m=6"),
+    (dict(m=99), "config.json: m=99 regions, but"), (dict(region_size=70), "region_size=.* does not fit"), (dict(temperature=0), "temperature is 0, but should be a number above 0"),
+    (dict(threshold=2), "threshold is 2, but should be a number from 0 to 1"), (dict(squash="yes"), "squash is 'yes'"), (dict(plain=1), "plain is 1, but should be true or false"),
+    (dict(format="onnx"), "is not of fd_focus"), (dict(l=2), "does not fit its config.json.*hybrid_head"), (dict(arch="resnet18", m=4), "does not fit its config.json"),
+    (dict(classes=["a", "b"]), "tells 3 classes apart, but config.json names 2"), (dict(sha256="0"), "its sha256 differs"),
+    (dict(plain=True), "does not fit its config.json.*Unexpected"), (dict(arguments=["lens"], lens=3), "uses lens, which this version does not know: pip install --upgrade")])
+def test_foreign_values(folder, values, message):
+    change(folder, **values)
+    with pytest.raises(ValueError, match=message) as caught: load_focus(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_damaged_files(folder, tmp_path):
+    weights, config = (folder / "model.safetensors").read_bytes(), (folder / "config.json").read_text()
+    def message(error=ValueError):
+        with pytest.raises(error) as caught: load_focus(folder)
+        return str(caught.value)
+    for n in (0, 7, 100, len(weights) // 2, len(weights) - 1):
+        (folder / "model.safetensors").write_bytes(weights[:n])
+        assert "model.safetensors is damaged, cut short, or no safetensors file" in message(), n
+    for place in (len(weights) // 2, len(weights) - 1):      # one bit of one number
+        (folder / "model.safetensors").write_bytes(weights[:place] + bytes([weights[place] ^ 64]) + weights[place + 1:])
+        assert "its sha256 differs" in message()
+    (folder / "model.safetensors").write_bytes(weights)
+    for n in (0, 1, len(config) // 2, len(config) - 1):
+        (folder / "config.json").write_text(config[:n])
+        assert "config.json is not JSON" in message()
+    (folder / "config.json").write_bytes(b"\xff\xfe\x00")
+    assert "config.json is not JSON" in message()
+    for text in ("[]", "7", "null", '{"model_type": "vit"}'):
+        (folder / "config.json").write_text(text)
+        assert "config.json is not of fd_focus" in message()
+    (folder / "config.json").write_text('{"format": "fd_focus", "arch": "resnet50", "classes": ["a", "b"]}')
+    assert "lacks image_size, mean, std" in message()
+    (folder / "config.json").write_text("[" * 100_000)
+    assert "config.json is not JSON" in message()
+    (folder / "config.json").unlink()
+    assert "no config.json in" in message(FileNotFoundError)
+    assert "no model folder" in (shutil.rmtree(folder), message(FileNotFoundError))[1]
+    folder.write_text("a file")
+    assert "no model folder" in message(FileNotFoundError)
+
+
+class Bomb:
+    "Unpickling it leaves a mark."
+    def __init__(self, mark): self.mark = mark
+    def __reduce__(self): return (open, (str(self.mark), "w"))
+
+
+def test_planted_pickles_do_not_run(folder, tmp_path, monkeypatch):
+    mark = tmp_path / "ran"
+    bomb = pickle.dumps(Bomb(mark))
+    pickle.loads(bomb).close()
+    assert mark.exists()                                   # the bomb is live
+    mark.unlink()
+    archive = io.BytesIO()
+    torch.save({"image_head.weight": torch.zeros(3, 128), "x": Bomb(mark)}, archive)
+    for name in ("model.pth", "model.pkl", "export.pkl", "pytorch_model.bin", "model.pt", "training_args.bin"):
+        (folder / name).write_bytes(bomb)
+    for name in ("config.py", "model.py", "modeling_fd_focus.py", "__init__.py", "sitecustomize.py", "toy_resnet.py", "json.py"):
+        (folder / name).write_text(f"open({str(mark)!r}, 'w')")
+    def refuse(*args, **kwargs): raise AssertionError("a pickle was opened")
+    for name in ("load", "loads", "Unpickler"): monkeypatch.setattr(pickle, name, refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    monkeypatch.chdir(folder)                              # nor is anything imported from there
+    assert load_focus(folder).classes and load_focus(".").classes
+    for content in (bomb, archive.getvalue()):
+        good = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match="no safetensors file"): load_focus(folder)
+        (folder / "model.safetensors").write_bytes(good)
+        text = (folder / "config.json").read_bytes()
+        (folder / "config.json").write_bytes(content)
+        with pytest.raises(ValueError, match="is not JSON"): load_focus(folder)
+        (folder / "config.json").write_bytes(text)
+    for arch in (f"__import__('pathlib').Path('{mark}').touch()", "builtins.exec", "timm.models.load"):
+        change(folder, arch=arch)
+        with pytest.raises(ValueError, match="is no model of torchvision"): load_focus(folder)
+    change(folder, arch="toy_resnet", classes=[f"{{{{open('{mark}','w')}}}}", "{0.__class__}", "`x`"])
+    write_card(folder)
+    assert not mark.exists()
+
+
+def test_card(dls, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "regions.png")
+    folder = save_focus(learner(dls), tmp_path / "model", "toy_resnet", None, dict(accuracy=.8754), picture=tmp_path / "regions.png",
+                        settings=dict(data="/home/somebody/secret/birds", epochs=3, cut=None))
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: fd_focus\n") and "**87.5 %**" in card and "toy_resnet, 3 classes" in card
+    assert "![Regions and attention](regions.png)" in card and (folder / "regions.png").is_file()
+    assert "| epochs | 3 |" in card and "| data | birds |" in card and "| cut |" not in card
+    assert "somebody" not in card + (folder / "config.json").read_text()
+    assert all(name in card for name in load_focus(folder).classes) and "FocusClassifier.load" in card
+    code = card.split("```python\n")[1].split("```")[0]
+    Image.new("RGB", (80, 80)).save(tmp_path / "photograph.jpg")
+    exec(code.replace("this/folder", str(folder)).replace("photograph.jpg", str(tmp_path / "photograph.jpg")), {})
+
+
+def test_hub(folder, tmp_path, monkeypatch):
+    hub = types.ModuleType("huggingface_hub")
+    asked, sent = [], []
+    def snapshot_download(name, revision=None, allow_patterns=None):
+        asked.append((name, revision, allow_patterns))
+        if name != "somebody/birds": raise RuntimeError("404 Not Found\nmore of it")
+        return str(folder)
+    hub.snapshot_download = snapshot_download
+    hub.create_repo = lambda repo_id, **kwargs: sent.append((repo_id, kwargs)) or f"https://hub/{repo_id}"
+    hub.upload_folder = lambda **kwargs: sent.append(kwargs)
+    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", hub)
+    monkeypatch.chdir(tmp_path)
+    assert load_focus("somebody/birds", revision="v1").classes == load_focus(folder).classes
+    assert asked == [("somebody/birds", "v1", ["config.json", "model.safetensors"])]
+    with pytest.raises(FileNotFoundError, match="no model folder nobody/birds, and the Hugging Face hub did not give it: 404 Not Found$"): load_focus("nobody/birds")
+    asked.clear()
+    (tmp_path / "runs").mkdir()
+    for name in ("runs/birds", tmp_path / "birds", "birds", "a/b/c"):        # meant as places on this machine
+        with pytest.raises(FileNotFoundError, match="no model folder"): load_focus(name)
+    assert not asked
+    assert push_to_hub(folder, "somebody/birds", commit_message="first") == "https://hub/somebody/birds"
+    assert sent[0][1]["private"] is True and sent[1]["allow_patterns"] == ["config.json", "model.safetensors", "README.md", "regions.png"]
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="damaged"): push_to_hub(folder, "somebody/birds")
+    assert len(sent) == 2
+    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    with pytest.raises(FileNotFoundError, match="pip install huggingface_hub"): load_focus("somebody/birds")
