@@ -63,12 +63,13 @@ def _train(settings: dict, out: Path):
     import matplotlib
     matplotlib.use("agg")
     from fd_focus.run import Settings, train, write_run
-    from fd_focus.export import save_focus
+    from fd_focus.export import save_focus, write_card
     out.mkdir(parents=True, exist_ok=True)       # a folder that cannot be written is known before training, not after
     settings = Settings(**settings)
     learn, table, summary = train(settings)
-    save_focus(learn, out / "model", settings.arch, settings.cut, dict(accuracy=summary["accuracy"]))
+    save_focus(learn, out / "model", settings.arch, settings.cut, dict(accuracy=summary["accuracy"]), settings=summary["settings"])
     write_run(learn, table, summary, out)
+    if not settings.plain: write_card(out / "model", out / "regions.png")
     name = "plain backbone" if settings.plain else "fd_focus"
     print(f"{name}: {100 * summary['accuracy']:.1f} % of {summary['valid_images']} validation pictures right, "
           f"{summary['seconds']:.0f} s, {summary['images_per_second']:.0f} images/s; report in {out}")
