@@ -228,6 +228,7 @@ class Checkpoint(Callback):
         self.check(self.learn, self.n_epoch)
         set_state(self.learn, self.state)
         self.learn.first_epoch, self.seconds_before, self.state = self.state["epoch"], self.state["seconds"], None
+        if bar := getattr(getattr(self.learn, "progress", None), "mbar", None): bar.update(0)     # it cannot start in the middle
 
     def after_epoch(self): self.save(self.epoch + 1)
     def after_fit(self): self.learn.first_epoch = 0

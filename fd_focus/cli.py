@@ -17,8 +17,11 @@ def _cut(value):
     return value if value is None or not value.lstrip("-").isdigit() else int(value)
 
 def _explain(work):
-    "Run; input errors end the program with their message and status 2."
+    "Run; input errors end the program with their message and status 1, Ctrl-C with status 130."
     try: return work()
+    except KeyboardInterrupt:
+        print("fd_focus: stopped", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, FileNotFoundError, FloatingPointError) as error: sys.exit(f"fd_focus: {error}")
     except OSError as error: sys.exit(f"fd_focus: {error.strerror or error}: {error.filename or ''}".rstrip(": "))
 
@@ -50,29 +53,84 @@ def fd_focus_train(
     mark_size: float = 1.,    # toy: width of the marks
     clutter: float = .5,      # toy: background things
     split: str = "valid",     # toy: judge by 'valid' or 'test' birds
-    out: str = "runs/train",  # folder for summary.json, metrics.csv, curves.png, regions.png, model/
+    early_stop: int = 0,      # stop after so many epochs without a better validation accuracy; 0: never
+    keep_best: store_true = False,   # end with the weights of the epoch with the best validation accuracy
+    config: str = None,       # YAML file of settings, such as the settings.yaml of a run; flags win over it
+    log: str = None,          # tell tensorboard or wandb what happens
+    out: str = "runs/train",  # folder for summary.json, settings.yaml, metrics.csv, curves.png, regions.png, model/
+    resume: store_true = False,      # go on with the unfinished run in `out`, with its settings
 ):
     "Train FocusNet (or the plain backbone) and write a report."
-    settings = {k: v for k, v in locals().items() if k != "out"} | dict(cut=_cut(cut))
-    _explain(lambda: _train(settings, Path(out)))
+    values = dict(locals())
+    _explain(lambda: _train(values, _given(fd_focus_train, values)))
 
-def _train(settings: dict, out: Path):
+def _given(command, values: dict) -> set[str]:
+    "Names of the flags that were typed, or, for a call from Python, that are not at their default."
+    import inspect
+    defaults = {name: parameter.default for name, parameter in inspect.signature(command.__wrapped__).parameters.items()}
+    typed = {word[2:].split("=")[0] for word in sys.argv[1:] if word.startswith("--")}
+    typed = {name for name in values for word in typed if name == word or (word and word not in values and name.startswith(word))}
+    return {name for name, value in values.items() if name in typed or value != defaults[name]}
+
+def _merge(values: dict, given: set[str]) -> tuple[dict, Path]:
+    "Settings and folder: defaults, then the YAML file or the run that is resumed, then flags. ValueError for a conflict."
+    from fd_focus.checkpoint import read_checkpoint
+    from fd_focus.run import read_settings
+    asked = read_settings(values["config"], ("out",)) if values["config"] else {}
+    asked |= {name: values[name] for name in given - {"config", "resume"}}
+    if isinstance(asked.get("cut"), str): asked["cut"] = _cut(asked["cut"])
+    out = Path(asked.pop("out", values["out"]))
+    if not values["resume"]: return {k: v for k, v in values.items() if k not in ("config", "resume", "out")} | asked, out
+    if not (out / "checkpoint.pt").is_file() and (out / "summary.json").is_file(): raise _Finished(f"the run in {out} is finished: nothing to go on with")
+    settings = read_checkpoint(out / "checkpoint.pt")["settings"]
+    wrong = [f"{name}={asked[name]} (there: {settings[name]})" for name in sorted(asked) if asked[name] != settings[name]]
+    if wrong: raise ValueError(f"--resume goes on with the settings of the run in {out}; leave out {', '.join(wrong)}")
+    return settings, out
+
+class _Finished(Exception): pass
+
+def _unfinished(out: Path) -> str:
+    "What a new run in `out` would overwrite, or nothing."
+    from fd_focus.checkpoint import read_checkpoint
+    try: state = read_checkpoint(out / "checkpoint.pt")
+    except (FileNotFoundError, ValueError): return ""
+    return f"{state['epoch']} of {state['epochs']} epochs" if state["epoch"] else ""
+
+def _train(values: dict, given: set):
     import warnings
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
     import matplotlib
     matplotlib.use("agg")
-    from fd_focus.run import Settings, train, write_run
+    import shlex
     from fd_focus.export import save_focus, write_card
+    from fd_focus.run import Settings, asdict, train, write_run, write_settings
+    resume = values["resume"]
+    try: settings, out = _merge(values, given)
+    except _Finished as error: return print(f"fd_focus: {error}")
+    again = f"fd_focus_train --resume --out {shlex.quote(str(out))}"
+    if not resume and (done := _unfinished(out)):
+        raise ValueError(f"{out} holds an unfinished run ({done} done): go on with {again}, give another --out, or delete {out / 'checkpoint.pt'}")
     out.mkdir(parents=True, exist_ok=True)       # a folder that cannot be written is known before training, not after
     settings = Settings(**settings)
-    learn, table, summary = train(settings)
-    save_focus(learn, out / "model", settings.arch, settings.cut, dict(accuracy=summary["accuracy"]), settings=summary["settings"])
-    write_run(learn, table, summary, out)
-    if not settings.plain: write_card(out / "model", out / "regions.png")
-    name = "plain backbone" if settings.plain else "fd_focus"
+    try:
+        if not resume: write_settings(asdict(settings), out)
+        learn, table, summary = train(settings, out=out, resume=resume)
+        save_focus(learn, out / "model", settings.arch, settings.cut, dict(accuracy=summary["accuracy"]), settings=summary["settings"])
+        write_run(learn, table, summary, out)
+        if not settings.plain: write_card(out / "model", out / "regions.png")
+    except KeyboardInterrupt as stop:
+        print(f"\nfd_focus: {stop or 'stopped at once'}. Go on with\n  {again}", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        if not (error.filename and Path(error.filename).is_relative_to(out) and (out / "checkpoint.pt").is_file()): raise
+        sys.exit(f"fd_focus: {error.strerror}: {error.filename}. The checkpoint of the last whole epoch is kept; when there is room, go on with\n  {again}")
+    (out / "checkpoint.pt").unlink()             # all it was for is in model/ now
+    name, kept = "plain backbone" if settings.plain else "fd_focus", summary["weights_of_epoch"]
     print(f"{name}: {100 * summary['accuracy']:.1f} % of {summary['valid_images']} validation pictures right, "
           f"{summary['seconds']:.0f} s, {summary['images_per_second']:.0f} images/s; report in {out}")
+    if settings.keep_best: print(f"weights of epoch {kept} of {summary['epochs_trained']}, chosen on these pictures: their accuracy flatters")
+    elif settings.early_stop and kept < settings.epochs: print(f"stopped early, after epoch {kept} of {settings.epochs}; weights of the last epoch")
 
 # %% ../nbs/95_cli.ipynb #95_cli012
 @call_parse

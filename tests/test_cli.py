@@ -49,7 +49,7 @@ def test_train_method_and_plain(folder, tmp_path):
         summary = json.loads((out / "summary.json").read_text())
         assert 0 <= summary["accuracy"] <= 1 and summary["settings"]["plain"] is plain and summary["seconds"] > 0
         assert {"torch", "fastai", "fd_focus"} <= set(summary["versions"])
-        files = {"summary.json", "metrics.csv", "curves.png", "model"} | (set() if plain else {"regions.png"})
+        files = {"summary.json", "settings.yaml", "metrics.csv", "curves.png", "model"} | (set() if plain else {"regions.png"})
         assert {p.name for p in out.iterdir()} == files
         model = load_focus(out / "model")
         assert model.classes == sorted(p.name for p in folder.iterdir())

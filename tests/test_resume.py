@@ -1,0 +1,327 @@
+"A run that is killed, stopped or out of room goes on as if nothing had happened; settings from files, flags and checkpoints."
+import inspect
+import json
+import multiprocessing
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from fd_focus.checkpoint import read_checkpoint
+from fd_focus.cli import fd_focus_train
+from fd_focus.run import Settings, train
+from fd_focus.toy import ToyBirds
+
+BIN = Path(sys.executable).parent
+TINY = dict(arch="toy_resnet", image_size=48, epochs=4, bs=8, n_classes=4, images_per_class=10)
+
+
+def work(kwargs, log, tweak, argument):
+    "In a process of its own: `fd_focus_train(**kwargs)`, its words in the file `log`."
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+    os.dup2(1, 2)
+    if tweak: tweak(argument)
+    fd_focus_train(**kwargs)
+
+
+def slow_writing(epoch):
+    "The checkpoint after `epoch` epochs is never finished: half of it, and then nothing for a long time."
+    import io
+    import fd_focus.checkpoint as module
+    save = module.torch.save
+    def half(state, stream):
+        whole = io.BytesIO()
+        save(state, whole)
+        if state["epoch"] < epoch: return stream.write(whole.getvalue())
+        stream.write(whole.getvalue()[:len(whole.getvalue()) // 2])
+        stream.flush()
+        time.sleep(600)
+    module.torch.save = half
+
+
+def small_files(size): resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def fake_wandb(file):
+    "A stand-in that writes down what it is told."
+    import types
+    class Settings(dict):
+        def update(self, other, **kwargs): super().update({k: str(v) for k, v in other.items()})
+    told, module = [], types.ModuleType("wandb")
+    def log(values, step=None):
+        told.append({k: float(v) for k, v in values.items() if isinstance(v, (int, float)) or hasattr(v, "item")} | dict(step=step))
+        Path(file).write_text(json.dumps(dict(told=told, project=module.project, config=module.given)))
+    def init(project, group, dir, config):
+        module.project, module.given = project, config
+        module.run = types.SimpleNamespace(step=0, summary={})
+    module.init, module.log, module.run, module.config, module.watch = init, log, None, Settings(), lambda *args, **kwargs: None
+    sys.modules["wandb"] = module
+
+
+@pytest.fixture(scope="module")
+def start():
+    "Starts `work`; the heavy imports are done once, in the server that forks the processes."
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"      # tiny tensors: a second thread costs more than it gives
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fd_focus.run", "fd_focus.export", "test_resume"])
+    running = []
+    def start(out, tweak=None, argument=None, **kwargs):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        process = context.Process(target=work, args=({**kwargs, "out": str(out)}, str(out) + ".log", tweak, argument))
+        process.start()
+        running.append(process)
+        return process
+    yield start
+    for process in running:
+        if process.is_alive(): process.kill()
+    if before is None: del os.environ["OMP_NUM_THREADS"]
+    else: os.environ["OMP_NUM_THREADS"] = before
+
+
+@pytest.fixture(scope="module")
+def finish(start):
+    "Runs to the end and gives the exit status and what was said."
+    def finish(out, *args, **kwargs):
+        process = start(out, *args, **kwargs)
+        process.join(120)
+        return process.exitcode, Path(str(out) + ".log").read_text()
+    return finish
+
+
+@pytest.fixture(scope="module")
+def whole(finish, tmp_path_factory):
+    "The undisturbed run."
+    out = tmp_path_factory.mktemp("whole") / "run"
+    status, said = finish(out, **TINY)
+    assert status == 0, said
+    return out
+
+
+def wait_for(condition, process, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition() and process.is_alive():
+        assert time.monotonic() < end
+        time.sleep(.005)
+
+
+def kill(process):
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def same(a, b):
+    "Weights and the table of two finished runs agree to the last bit."
+    first, second = load_file(a / "model/model.safetensors"), load_file(b / "model/model.safetensors")
+    assert list(first) == list(second) and all(first[name].equal(second[name]) for name in first)
+    assert (a / "metrics.csv").read_bytes() == (b / "metrics.csv").read_bytes()
+    return True
+
+
+def test_same_command_same_numbers(whole, finish, tmp_path):
+    assert finish(tmp_path / "again", **TINY)[0] == 0
+    assert same(whole, tmp_path / "again") and "time" not in pd.read_csv(whole / "metrics.csv")
+    assert not (whole / "checkpoint.pt").exists()         # a finished run needs none
+    status, said = finish(whole, resume=True)
+    assert status == 0 and "is finished" in said
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+def test_killed_at_random_points(whole, start, finish, tmp_path, seed):
+    rng, out, epochs = random.Random(seed), tmp_path / "run", []
+    file, took = out / "checkpoint.pt", json.loads((whole / "summary.json").read_text())["seconds"]
+    stamp = lambda: file.stat().st_mtime_ns if file.exists() else 0
+    for attempt in range(3):
+        before = stamp()
+        process = start(out, resume=attempt > 0, **({} if attempt else TINY))
+        wait_for(lambda: stamp() != before, process)     # a boundary was reached, so every attempt gets on
+        time.sleep(rng.random() * took / 4)
+        if not file.exists(): break
+        kill(process)
+        epochs.append(read_checkpoint(file)["epoch"])
+    assert len(epochs) >= 2 and epochs[0] < 4 and epochs == sorted(epochs)
+    assert finish(out, resume=True)[0] == 0
+    assert same(whole, out)
+    assert not list(out.glob(".*part*"))
+
+
+def test_killed_while_writing_a_checkpoint(whole, start, finish, tmp_path):
+    out = tmp_path / "run"
+    process = start(out, slow_writing, 2, **TINY)
+    file, part = out / "checkpoint.pt", out / ".checkpoint.part.pt"
+    wait_for(lambda: file.exists() and read_checkpoint(file)["epoch"] == 1 and part.exists() and part.stat().st_size, process)
+    kill(process)
+    assert part.exists() and read_checkpoint(file)["epoch"] == 1
+    assert finish(out, resume=True)[0] == 0
+    assert same(whole, out) and not part.exists()
+
+
+def test_full_disk(whole, start, finish, tmp_path):
+    "A small file system where we may mount one, else a limit on the size of files."
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)], capture_output=True).returncode == 0 if sys.platform == "linux" else False
+    try:
+        out = disk / "run"
+        status, said = finish(out, *(() if mounted else (small_files, 2 << 20)), **TINY)
+        assert status == 1 and "Traceback" not in said, said
+        assert ("No space left on device" if mounted else "File too large") in said and "checkpoint.pt" in said
+        assert f"fd_focus_train --resume --out {out}" in said
+        assert read_checkpoint(out / "checkpoint.pt")["epoch"] == (1 if mounted else 0) and not (out / ".checkpoint.part.pt").exists()
+        if mounted: subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        assert finish(out, resume=True)[0] == 0
+        assert same(whole, out)
+    finally:
+        if mounted: subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_ctrl_c_and_the_command_it_prints(whole, start, tmp_path):
+    "Ctrl-C in an epoch, then what it says to type."
+    out = tmp_path / "a run"
+    process = start(out, **TINY)
+    wait_for((out / "checkpoint.pt").exists, process)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    said = Path(f"{out}.log").read_text()
+    assert process.exitcode == 130 and "Traceback" not in said, said
+    assert "stopping at the end of this batch" in said and re.search(r"stopped (after batch \d of 5|while validating) in epoch \d of 4", said)
+    assert not (out / ".checkpoint.part.pt").exists()
+    command = said.strip().splitlines()[-1].strip()
+    assert command == f"fd_focus_train --resume --out '{out}'"
+    env = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+    assert subprocess.run(command, shell=True, env=env, stdout=subprocess.DEVNULL).returncode == 0
+    assert same(whole, out)
+
+
+@pytest.mark.slow
+def test_workers_are_seeded_alike(start, finish, tmp_path):
+    assert finish(tmp_path / "whole", workers=2, **TINY)[0] == 0
+    out = tmp_path / "run"
+    process = start(out, workers=2, **TINY)
+    wait_for(lambda: (out / "checkpoint.pt").exists() and read_checkpoint(out / "checkpoint.pt")["epoch"] == 2, process)
+    kill(process)
+    assert finish(out, resume=True)[0] == 0
+    assert same(tmp_path / "whole", out)
+
+
+def fails(**kwargs):
+    with pytest.raises(SystemExit) as stop: fd_focus_train(**kwargs)
+    assert stop.value.code not in (0, None)
+    return str(stop.value)
+
+
+@pytest.fixture(scope="module")
+def birds(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("birds")
+    birds = ToyBirds(images_per_class=6, n_classes=3, image_size=48)
+    for i in range(len(birds)):
+        image, label = birds[i]
+        (folder / birds.classes[label]).mkdir(exist_ok=True)
+        image.save(folder / birds.classes[label] / f"{i:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unfinished(birds, tmp_path_factory):
+    "A run on a copy of the birds, stopped before its report was written."
+    folder = tmp_path_factory.mktemp("unfinished")
+    shutil.copytree(birds, folder / "birds")
+    train(Settings(data=str(folder / "birds"), arch="toy_resnet", image_size=48, epochs=1, bs=4), bar=False, out=folder / "run")
+    return folder
+
+
+def test_resume_what_cannot_be_resumed(unfinished, birds, tmp_path):
+    assert "no checkpoint checkpoint.pt in" in fails(resume=True, out=str(tmp_path / "nowhere"))
+    run, data = unfinished / "run", unfinished / "birds"
+    assert "epochs=9 (there: 1), plain=True (there: False)" in fails(resume=True, out=str(run), epochs=9, plain=True)
+    said = fails(out=str(run), arch="toy_resnet", image_size=48)
+    assert "holds an unfinished run (1 of 1 epochs done)" in said and "--resume --out" in said
+    victim = sorted(data.iterdir())[-1]
+    next(victim.glob("*.png")).unlink()
+    assert "of another training; training pictures: 15 in it, 14 now" in fails(resume=True, out=str(run))
+    shutil.rmtree(victim)
+    assert "classes: 3 in it, 2 now" in fails(resume=True, out=str(run))
+    shutil.rmtree(data)
+    shutil.copytree(birds, data)
+    one = sorted((data / victim.name).iterdir())[0]
+    one.rename(one.with_name("zz.png"))
+    assert "names of the pictures" in fails(resume=True, out=str(run))
+    (tmp_path / "checkpoint.pt").write_bytes((run / "checkpoint.pt").read_bytes()[:-500])
+    assert f"the checkpoint {tmp_path / 'checkpoint.pt'} is damaged" in fails(resume=True, out=str(tmp_path))
+
+
+def test_flags_win_over_the_file(finish, tmp_path):
+    config = tmp_path / "settings.yaml"
+    config.write_text(yaml.safe_dump({**TINY, "epochs": 3, "lr": 1e-3, "sigma": 2., "keep_best": True, "out": str(tmp_path / "elsewhere")}))
+    status, said = finish(tmp_path / "run", config=str(config), epochs=2, log="tensorboard")
+    assert status == 0, said
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    recorded = yaml.safe_load((tmp_path / "run/settings.yaml").read_text())
+    assert recorded == summary["settings"] and set(recorded) == set(Settings.__dataclass_fields__)
+    assert (recorded["epochs"], recorded["lr"], recorded["sigma"], recorded["bs"], recorded["m"]) == (2, 1e-3, 2., 8, 6)
+    table = pd.read_csv(tmp_path / "run/metrics.csv")
+    assert summary["weights_of_epoch"] == table.accuracy.argmax() + 1 and summary["accuracy"] == table.accuracy.max()
+    assert f"weights of epoch {summary['weights_of_epoch']} of 2" in said and not (tmp_path / "elsewhere").exists()
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events.Reload()
+    assert {"train_loss", "valid_loss", "accuracy", "image_accuracy", "lr_0", "lr_1"} <= set(events.Tags()["scalars"])
+    assert [e.value for e in events.Scalars("accuracy")] == pytest.approx(list(table.accuracy))
+    assert [e.step for e in events.Scalars("accuracy")] == [5, 10]
+
+
+def typed(words): sys.argv[:] = words
+
+
+def test_typed_defaults_win_too(finish, tmp_path):
+    "`--bs=32` is the default, but it was typed; so was `--ep`, in short."
+    config = tmp_path / "settings.yaml"
+    config.write_text("epochs: 3\nbs: 8\nm: 5\nmark_size: 2\ndata: nowhere\n")
+    status, said = finish(tmp_path / "run", typed, ["fd_focus_train", "--config", str(config), "--ep", "15", "--bs=32"], config=str(config))
+    assert status == 1 and "no folder nowhere" in said
+    recorded = yaml.safe_load((tmp_path / "run/settings.yaml").read_text())
+    assert [recorded[name] for name in ("epochs", "bs", "m", "mark_size")] == [15, 32, 5, 2.]
+
+
+def test_bad_settings(tmp_path):
+    config = tmp_path / "settings.yaml"
+    config.write_text("epochs: 3\ncolour_of_sky: blue\nimagesize: 4\n")
+    said = fails(config=str(config), out=str(tmp_path / "run"))
+    assert f"{config}: unknown setting colour_of_sky, imagesize (did you mean image_size?)" in said
+    assert "no settings file" in fails(config=str(tmp_path / "gone.yaml"), out=str(tmp_path / "run"))
+    assert "log='paper' is none of" in fails(log="paper", out=str(tmp_path / "run"), **TINY)
+    assert not (tmp_path / "run/checkpoint.pt").exists()
+
+
+def test_flags_have_the_settings_defaults():
+    flags = {name: parameter.default for name, parameter in inspect.signature(fd_focus_train.__wrapped__).parameters.items()}
+    known = {name: field.default for name, field in Settings.__dataclass_fields__.items()}
+    assert {name: value for name, value in flags.items() if name not in ("config", "out", "resume")} == {name: known[name] for name in flags if name in known}
+
+
+def test_wandb(finish, tmp_path):
+    status, said = finish(tmp_path / "run", fake_wandb, str(tmp_path / "told.json"), log="wandb", **(TINY | dict(epochs=1)))
+    assert status == 0, said
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert told["project"] == "fd_focus" and told["config"]["epochs"] == 1
+    accuracy = json.loads((tmp_path / "run/summary.json").read_text())["accuracy"]
+    assert any(row.get("accuracy") == pytest.approx(accuracy) for row in told["told"]) and sum("train_loss" in row for row in told["told"]) >= 5
+
+
+def test_missing_logger(tmp_path):
+    try: import wandb   # noqa: F401
+    except ImportError: assert "pip install wandb" in fails(log="wandb", out=str(tmp_path / "run"), **TINY)
+    else: pytest.skip("wandb is installed")
