@@ -11,7 +11,11 @@ __all__ = ['ToyBirds', 'ToyItem', 'ToyTruth', 'draw_bird', 'toy_items', 'attenti
            'look', 'to_pixels', 'Settings', 'make_learner', 'replace', 'spread', 'train', 'write_run', 'PartHitRate',
            'box_recall', 'chance_level', 'localisation', 'object_coverage', 'part_hit_rate', 'pointing_game',
            'FocusPipeline', 'load_focus', 'save_focus', 'FocusClassifier', 'Prediction', 'draw_prediction',
-           'Checkpoint', 'KeepBest', 'stoppable', 'push_to_hub', 'write_card']
+           'Checkpoint', 'KeepBest', 'stoppable', 'push_to_hub', 'write_card', 'DataWarning', 'check_images',
+           'duplicate_images', 'loader_speed', 'plot_attention', 'plot_regions', 'BoxRecall', 'Calibration',
+           'ObjectCoverage', 'PointingGame', 'calibrate', 'confidence_threshold', 'confused_pairs',
+           'expected_calibration_error', 'fit_temperature', 'localisation_metrics', 'plot_confused', 'predictions',
+           'reliability_diagram']
 
 # %% ../nbs/98_all.ipynb #98_all002
 from .toy import ToyBirds, ToyItem, ToyTruth, draw_bird, toy_items
@@ -20,12 +24,12 @@ from .regions import propose, propose_from_table, region_grid, suppression_table
 from .zoom import zoom
 from .model import Focus, FocusNet, FocusOutput, PlainNet, create_body, toy_resnet
 from .loss import FocusLoss
-from .data import FocusDataLoaders, bad_images, open_image, paper_transforms
-from .plot import REGION_COLOURS, draw_attention, draw_image, draw_regions, plot_curves, plot_focus, plot_zooms
+from .data import DataWarning, FocusDataLoaders, bad_images, check_images, duplicate_images, loader_speed, open_image, paper_transforms
+from .plot import REGION_COLOURS, draw_attention, draw_image, draw_regions, plot_attention, plot_curves, plot_focus, plot_regions, plot_zooms
 from .learner import FocusInterpretation, FocusLearner, focus_learner, history, look, to_pixels
 from .checkpoint import Checkpoint, KeepBest, stoppable
 from .run import Settings, make_learner, replace, spread, train, write_run
-from .interpret import PartHitRate, box_recall, chance_level, localisation, object_coverage, part_hit_rate, pointing_game
+from .interpret import BoxRecall, Calibration, ObjectCoverage, PartHitRate, PointingGame, box_recall, calibrate, chance_level, confidence_threshold, confused_pairs, expected_calibration_error, fit_temperature, localisation, localisation_metrics, object_coverage, part_hit_rate, plot_confused, pointing_game, predictions, reliability_diagram
 from .export import FocusPipeline, load_focus, push_to_hub, save_focus, write_card
 from .predict import FocusClassifier, Prediction, draw_prediction
 
@@ -37,4 +41,5 @@ _all_ = ["ToyBirds", "ToyItem", "ToyTruth", "draw_bird", "toy_items", "attention
          "history", "look", "to_pixels", "Settings", "make_learner", "replace", "spread", "train", "write_run", "PartHitRate", "box_recall", "chance_level", "localisation",
          "object_coverage", "part_hit_rate", "pointing_game", "FocusPipeline", "load_focus", "save_focus",
          "FocusClassifier", "Prediction", "draw_prediction", "Checkpoint", "KeepBest", "stoppable",
-         "push_to_hub", "write_card"]
+         "push_to_hub", "write_card",
+         "DataWarning", "check_images", "duplicate_images", "loader_speed", "plot_attention", "plot_regions", "BoxRecall", "Calibration", "ObjectCoverage", "PointingGame", "calibrate", "confidence_threshold", "confused_pairs", "expected_calibration_error", "fit_temperature", "localisation_metrics", "plot_confused", "predictions", "reliability_diagram"]

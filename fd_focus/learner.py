@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from fastcore.basics import patch
+from fastcore.foundation import L
 from fastai.callback.core import Callback
 from fastai.callback.schedule import *   # noqa: F403 -- patches fit_one_cycle, fine_tune, lr_find into Learner
 from fastai.data.core import DataLoaders
@@ -163,6 +165,21 @@ class FocusInterpretation(ClassificationInterpretation):
         if not hasattr(self.learn.model, "focus"): return super().plot_top_losses(k, largest, **kwargs)
         titles = [f"{self.vocab[t]} /\n{self.vocab[g]}\nloss {loss:.2f}, p {p.max():.2f}" for t, g, loss, p in zip(targets, guesses, losses, probabilities)]
         return plot_focus(to_pixels(self.dl, x), look(self.learn, x), titles, **kwargs)
+
+# %% ../nbs/70_learner.ipynb #70_learner_see
+@patch
+def see(self: FocusLearner,
+    what,                    # files, pictures or other items that `dls` opens: one or a list; or a batch (B,3,H,W) as the network sees it, or (x, y)
+) -> tuple[Tensor, Focus]:   # pictures (B,3,H,W) from 0 to 1, and what the network sees in them, on the CPU
+    "Look at files or at a batch, for figures. TypeError for a plain backbone, which has no regions."
+    if not hasattr(self.model, "focus"): raise TypeError(f"{type(self.model).__name__} has no regions to look at; train a FocusNet (plain=False)")
+    if isinstance(what, tuple) and isinstance(what[0], Tensor): what = what[0]
+    if isinstance(what, Tensor): return to_pixels(self.dls.valid, what), look(self, what)
+    items = list(what) if isinstance(what, (list, tuple, L)) else [what]
+    batches = [(to_pixels(self.dls.valid, x), look(self, x)) for x, *_ in self.dls.test_dl(items, num_workers=0)]
+    if len(batches) == 1: return batches[0]
+    joined = {name: None if getattr(batches[0][1], name) is None else torch.cat([getattr(f, name) for _, f in batches]) for name in vars(batches[0][1])}
+    return torch.cat([x for x, _ in batches]), type(batches[0][1])(**joined)
 
 # %% ../nbs/70_learner.ipynb #70_learner015
 def focus_learner(
