@@ -386,6 +386,7 @@ class FocusDataLoaders(DataLoaders):
         dls = cls._of(block.dataloaders(list(table.file), bs=bs, **kwargs), table, image_size, path)
         dls.skipped, dls.duplicates = skipped, twice
         dls.geometry = (max(item_tfms[0].size), squash) if own else None
+        dls.min_side = _target_side(item_tfms)
         return dls
 
     @classmethod
@@ -393,6 +394,7 @@ class FocusDataLoaders(DataLoaders):
         self = cls(*dls.loaders, path=path, device=dls.device)
         self.table = table.set_index(table.file.astype(str).rename(None))
         self.image_size, self.skipped, self.duplicates = image_size, {}, table.iloc[:0]
+        self.min_side = None     # of `open_image`, as these loaders use it
         self.geometry = None     # (side resized to, squashed?) of `paper_transforms`; None: other transforms
         return self
 
@@ -436,7 +438,9 @@ class FocusDataLoaders(DataLoaders):
         block = DataBlock((ImageBlock, CategoryBlock(vocab=sorted(table.label.unique()))), get_x=_ToyOrFile(reader, image_size), get_y=labeller,
                           splitter=IndexSplitter(np.flatnonzero(table.split == "valid")),
                           item_tfms=[Resize(image_size, method=ResizeMethod.Squish), FlipItem()], batch_tfms=batch_tfms)
-        return cls._of(block.dataloaders(items, bs=bs, num_workers=num_workers), table, image_size)
+        dls = cls._of(block.dataloaders(items, bs=bs, num_workers=num_workers), table, image_size)
+        dls.min_side = image_size
+        return dls
 
 # %% ../nbs/60_data.ipynb #60_data039
 _TURNED = {5, 6, 7, 8}     # EXIF orientations that swap width and height

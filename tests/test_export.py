@@ -4,16 +4,19 @@ import io
 import json
 import pickle
 import shutil
+import sys
 import types
 
 import pytest
 import torch
 from PIL import Image
 
+from fd_focus.cli import fd_focus_export
 from fd_focus.data import FocusDataLoaders
-from fd_focus.export import load_focus, push_to_hub, save_focus, write_card
+from fd_focus.export import FocusPipeline, check_parity, export_model, load_focus, push_to_hub, run_exported, save_focus, toy_images, write_card
 from fd_focus.learner import focus_learner
 from fd_focus.model import FocusNet, PlainNet, toy_resnet
+from fd_focus.predict import FocusClassifier
 
 
 def shaken(net, seed=0):
@@ -30,9 +33,10 @@ def shaken(net, seed=0):
 def dls(): return FocusDataLoaders.from_toy(2, 1, image_size=64, n_classes=3, bs=2)
 
 
-def learner(dls, **kwargs):
+def learner(dls, settle=True, **kwargs):
+    torch.manual_seed(0)
     learn = focus_learner(dls, kwargs.pop("arch", "toy_resnet"), pretrained=False, **kwargs)
-    shaken(learn.model)
+    if settle: shaken(learn.model)
     return learn
 
 
@@ -227,3 +231,149 @@ def test_hub(folder, tmp_path, monkeypatch):
     assert len(sent) == 2
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     with pytest.raises(FileNotFoundError, match="pip install huggingface_hub"): load_focus("somebody/birds")
+
+
+# Export
+
+def loaded(dls, tmp_path, arch="toy_resnet", **kwargs):
+    return load_focus(save_focus(learner(dls, arch=arch, **kwargs), tmp_path / "model", arch))
+
+
+def agrees(net, file, **kwargs):
+    parity = check_parity(net, run_exported(file), **kwargs)
+    assert parity.ok and parity.images == 64 if not kwargs else parity.ok, parity
+    return parity
+
+
+CASES = [dict(net_kwargs=dict(answer="ensemble", fusion="sum", order="place")), dict(net_kwargs=dict(fusion="attention", attention="single", l=3)), dict(plain=True),
+         *(pytest.param(case, marks=pytest.mark.slow) for case in (dict(), dict(net_kwargs=dict(fusion="mean", hybrid=False)), dict(net_kwargs=dict(l=0, m=5, sigma=0.))))]
+
+
+@pytest.mark.parametrize("kwargs", CASES, ids=str)
+def test_onnx_of_every_kind_of_net(dls, tmp_path, kwargs):
+    net = loaded(dls, tmp_path, **kwargs)
+    file = export_model(net, tmp_path / "model.onnx")
+    parity = agrees(net, file)
+    assert parity.same_boxes == 64 and parity.ties == 0
+    import onnx
+    model = onnx.load(file)
+    onnx.checker.check_model(model)
+    outputs = ["probabilities"] if kwargs.get("plain") else ["probabilities", "boxes", "scores", "attention"]
+    assert [i.name for i in model.graph.input] == ["image"] and [o.name for o in model.graph.output] == outputs
+    assert not model.functions and {node.domain for node in model.graph.node} == {""}      # nothing but ONNX's own operators
+    assert all(dims.dim[0].dim_param for dims in [model.graph.input[0].type.tensor_type.shape, model.graph.output[0].type.tensor_type.shape])
+    about = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
+    assert about["classes"] == net.classes and about["input_size"] == [64, 64]
+    assert {p.name for p in tmp_path.iterdir()} == {"model", "model.onnx"}                 # one file, weights inside
+
+
+@pytest.mark.parametrize("arch,fusion", [("resnet18", "mean"), pytest.param("mobilenet_v2", "concat", marks=pytest.mark.slow),
+                                         pytest.param("mobilenet_v2", "sum", marks=pytest.mark.slow), pytest.param("convnext_tiny", "concat", marks=pytest.mark.slow),
+                                         pytest.param("efficientnet_b0", "concat", marks=pytest.mark.slow), pytest.param("mobilenetv3_small_050", "concat", marks=pytest.mark.slow)])
+def test_onnx_of_real_bodies(tmp_path, arch, fusion):
+    dls = FocusDataLoaders.from_toy(2, 1, image_size=96, n_classes=3, bs=2)
+    net = loaded(dls, tmp_path, arch, net_kwargs=dict(fusion=fusion, answer="ensemble"))
+    agrees(net, export_model(net, tmp_path / "model.onnx"))
+
+
+def test_onnx_with_photographs(data, tmp_path):
+    "A MobileNetV2 with ImageNet weights at 224 on 64 photographs of cars."
+    files = sorted((data / "cars_sedan33").rglob("*.jpg"))[::22][:64]
+    dls = FocusDataLoaders.from_toy(2, 1, image_size=224, n_classes=3, bs=2)
+    learn = learner(dls, arch="mobilenet_v2", weights=data / "weights" / "mobilenet_v2_imagenet_features.pth", settle=False)
+    net = load_focus(save_focus(learn, tmp_path / "model", "mobilenet_v2"))
+    classifier = FocusClassifier(net, "cpu")
+    parity = agrees(net, export_model(net, tmp_path / "model.onnx"), images=torch.stack([classifier.pixels(file) for file in files]))
+    assert parity.images == 64 and parity.same_class == 64
+
+
+def test_torch_export(dls, tmp_path):
+    net = loaded(dls, tmp_path, net_kwargs=dict(answer="ensemble"))
+    agrees(net, export_model(net, tmp_path / "model.pt2", "torch-export"))
+    extra = {"classes": ""}
+    torch.export.load(tmp_path / "model.pt2", extra_files=extra)
+    assert json.loads(extra["classes"]) == net.classes
+
+
+def test_input_larger_than_the_first_look(tmp_path):
+    "The graph reduces the picture for the first look and crops from the picture itself; temperature is inside."
+    dls = FocusDataLoaders.from_toy(2, 1, image_size=96, n_classes=3, bs=2)
+    learn = learner(dls, image_size=64)
+    net = load_focus(save_focus(learn, tmp_path / "model", "toy_resnet", temperature=2.5))
+    run = run_exported(export_model(net, tmp_path / "model.onnx"))
+    assert check_parity(net, run).ok
+    x = toy_images((96, 96), 2)
+    with torch.no_grad(): want = (net((x - torch.tensor(net.stats[0])[:, None, None]) / torch.tensor(net.stats[1])[:, None, None]) / 2.5).softmax(-1)
+    assert torch.allclose(run(x)["probabilities"], want, atol=1e-4) and run(x)["boxes"].max() > 64
+
+
+def test_parity_fails_where_it_should(dls, tmp_path):
+    net = loaded(dls, tmp_path)
+    pipeline = FocusPipeline(net)
+    def run(image):
+        with torch.no_grad(): return dict(zip(pipeline.outputs, pipeline(image)))
+    birds = toy_images((64, 64), 8)
+    def differ(name, change): return check_parity(net, lambda image: (found := run(image)) | {name: change(found[name])}, birds)
+    assert check_parity(net, run).ok
+    assert not differ("probabilities", lambda p: p + torch.tensor([2e-4, -2e-4, 0])).ok
+    assert not differ("probabilities", lambda p: p.roll(1, 1)).ok
+    assert not differ("boxes", lambda b: b + 1).ok
+    assert not differ("boxes", lambda b: b.flip(1)).ok                        # the right boxes in another order
+    assert differ("boxes", lambda b: b + .001).ok
+    other = load_focus(save_focus(learner(dls, net_kwargs=dict(sigma=2.)), tmp_path / "other", "toy_resnet"))
+    assert not check_parity(other, run, birds).ok
+
+
+def test_ties_are_told_from_errors(dls, tmp_path):
+    "On one colour the attention is the same everywhere but for rounding: any cell may be first, but a place off the grid may not."
+    net = loaded(dls, tmp_path, net_kwargs=dict(l=1, m=1, sigma=0.))
+    pipeline = FocusPipeline(net)
+    image = torch.full((1, 3, 64, 64), .5)
+    with torch.no_grad(): probabilities, boxes, scores, attention = pipeline(image)
+    near = (attention.flatten() - scores[0, 0]).abs() <= 1e-5 * scores.abs().max().clamp_min(1)
+    other = next(i for i in near.nonzero().flatten().tolist() if (net.grid[i] - boxes[0, 0]).abs().max() > 1) if near.sum() > 1 else None
+    answer = lambda box: (lambda x: dict(probabilities=probabilities, boxes=box, scores=scores, attention=attention))
+    if other is not None:
+        parity = check_parity(net, answer(net.grid[other][None, None]), image)
+        assert parity.ok and parity.ties == 1
+    assert not check_parity(net, answer(boxes + 3), image).ok
+    far = attention.flatten().argmin()
+    assert not check_parity(net, answer(net.grid[far][None, None]), image).ok
+
+
+def test_what_cannot_be_exported(dls, tmp_path, monkeypatch):
+    net = loaded(dls, tmp_path, net_kwargs=dict(attention="random"))
+    with pytest.raises(ValueError, match="attention='random' looks somewhere else each time"): export_model(net, tmp_path / "model.onnx")
+    net = loaded(dls, tmp_path)
+    with pytest.raises(ValueError, match="format='tflite'; use 'onnx' or 'torch-export'"): export_model(net, tmp_path / "model.tflite", "tflite")
+    for name in ("onnx", "onnxscript"):
+        with monkeypatch.context() as patched:
+            patched.setitem(sys.modules, name, None)
+            with pytest.raises(ValueError, match="pip install 'fd_focus.export.'"): export_model(net, tmp_path / "model.onnx")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    (tmp_path / "model.onnx").write_bytes(b"")
+    with pytest.raises(ValueError, match="running an ONNX file needs onnxruntime"): run_exported(tmp_path / "model.onnx")
+
+
+def test_command(saved, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    fd_focus_export(model=str(saved))
+    assert "model.onnx: " in (told := capsys.readouterr().out) and "64 pictures: 64 with the same class, 64 with the same boxes" in told
+    fd_focus_export(model=str(saved), format="torch-export", out="deep/birds.pt2", images=[str(data / "cars_sedan33")], n=3)
+    assert "3 pictures: 3 with the same class" in capsys.readouterr().out
+    assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")} == {"model.onnx", "deep", "deep/birds.pt2"}
+    def message(**kwargs):
+        with pytest.raises(SystemExit) as end: fd_focus_export(**dict(model=str(saved)) | kwargs)
+        return end.value.code
+    assert "no model folder" in message(model="gone")
+    assert "format='tflite'" in message(format="tflite")
+    assert "ends in .onnx" in message(out="model.bin")
+    assert "no file gone.jpg" in message(images=["gone.jpg"])
+    assert "n=0" in message(n=0)
+
+
+def test_command_keeps_no_graph_that_differs(saved, tmp_path, monkeypatch):
+    import fd_focus.export
+    monkeypatch.setattr(fd_focus.export, "run_exported", lambda file: (lambda image, run=run_exported(file): (out := run(image)) | dict(probabilities=out["probabilities"].roll(1, 1))))
+    with pytest.raises(SystemExit) as end: fd_focus_export(model=str(saved), out=str(tmp_path / "model.onnx"), n=4)
+    assert "does not answer as PyTorch does: 4 pictures: 0 with the same class" in end.value.code and not list(tmp_path.iterdir())

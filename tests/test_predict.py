@@ -1,14 +1,21 @@
 "A model folder answers as the learner did, whatever the picture comes as."
 import io
 import json
+import os
+import subprocess
+import sys
+import tempfile
 import threading
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from fastai.vision.augment import RandomCrop, Resize
-from PIL import Image
+from PIL import Image, ImageOps
 
+from fd_focus.cli import fd_focus_predict
 from fd_focus.data import FocusDataLoaders
 from fd_focus.export import load_focus, save_focus
 from fd_focus.learner import focus_learner
@@ -41,6 +48,7 @@ def shaken(net, seed=0):
 
 
 def make(dls, folder, arch="toy_resnet", extras={}, **kwargs):
+    torch.manual_seed(0)
     learn = focus_learner(dls, arch, pretrained=False, **kwargs)
     shaken(learn.model)
     return learn, save_focus(learn, folder, arch, **extras)
@@ -60,6 +68,28 @@ def test_files_as_in_validation(birds, tmp_path, squash):
     assert torch.allclose(torch.stack([f.probabilities for f in found]), want, atol=1e-4)
     assert want.std(0).max() > .01                       # the pictures do differ
     assert [f.label for f in found] == [dls.vocab[i] for i in want.argmax(1)]
+
+
+def test_large_photographs_as_in_validation(birds, tmp_path):
+    "Validation decodes large JPEGs at reduced scale, turned ones too; the boxes lie on the full picture all the same."
+    folder = tmp_path / "large"
+    for i, file in enumerate(sorted(birds.rglob("*.jpg"))):
+        image = Image.open(file).convert("RGB")
+        image = image.resize((image.width * 8, image.height * 6 + i))
+        image.getexif()[274] = 6 if i % 2 else 1
+        (folder / file.parent.name).mkdir(parents=True, exist_ok=True)
+        image.save(folder / file.parent.name / file.name, exif=image.getexif())
+    dls = FocusDataLoaders.from_folder(folder, image_size=64, bs=4, num_workers=0)
+    learn, model = make(dls, tmp_path / "model")
+    items = list(dls.valid_ds.items)
+    assert any(dls.valid_ds.tfms[0][0](item).width < 400 for item in items)
+    found = FocusClassifier.load(model, "cpu").predict([folder / item for item in items])
+    assert torch.allclose(torch.stack([f.probabilities for f in found]), expected(learn, dls.test_dl(items)), atol=1e-4)
+    for item, f in zip(items, found):
+        width, height = ImageOps.exif_transpose(Image.open(folder / item)).size
+        seen = torch.tensor([4, 4, 68, 68]) / 73 * torch.tensor([width, height] * 2)
+        assert f.size == (height, width) and torch.allclose(f.view, seen, atol=.01)
+        assert f.boxes.max() > 300
 
 
 def test_toy_items_as_in_validation(tmp_path):
@@ -142,7 +172,7 @@ def test_bad_pictures(model, tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (99, 99, 3), np.uint8)).save(whole, "jpeg")
     (tmp_path / "cut.jpg").write_bytes(whole.getvalue()[:2000])
     for source, message in ((tmp_path / "text.jpg", "text.jpg cannot be read as a picture"), (tmp_path / "cut.jpg", "cut.jpg cannot be read.*truncated"),
-                            (tmp_path, "cannot be read as a picture: Is a directory"), (np.zeros((4, 4, 7)), "shape .4, 4, 7.; give an array"),
+                            (tmp_path, "cannot be read as a picture.*Is a directory"), (np.zeros((4, 4, 7)), "shape .4, 4, 7.; give an array"),
                             (torch.full((3, 8, 8), 9.), "give 0 to 1"), (torch.full((3, 8, 8), float("nan")), "give 0 to 1"), (None, "give a path")):
         with pytest.raises(ValueError, match=message): classifier.predict(source)
     with pytest.raises(FileNotFoundError, match="no file .*gone.jpg"): classifier.predict(tmp_path / "gone.jpg")
@@ -200,3 +230,128 @@ def test_drawing(model, birds):
     assert (drawn[y + 1, x + 5] == [255, 0, 0]).all()                       # the best region is red and on top
     assert (drawn[2, 2] == 50).all()                                        # not seen
     assert draw_prediction(image, found, longest=100).size == (100, 75)
+
+
+# The command line
+
+def starter(name, flags=()):
+    script = Path(tempfile.gettempdir()) / f"start_{os.getpid()}" / name
+    if not script.exists():
+        script.parent.mkdir(exist_ok=True)
+        script.write_text(f"from fd_focus.cli import {name}\n{name}()\n")
+    return [sys.executable, *flags, script]
+
+
+def command(name, *args, stdin=None, env=None, flags=()):
+    "A console command, whether it is installed or not."
+    return subprocess.run([*starter(name, flags), *map(str, args)], capture_output=True, text=True, input=stdin, env=env)
+
+
+def ask(*args, **kwargs): return command("fd_focus_predict", *args, "--device", "cpu", **kwargs)
+
+
+def test_help_imports_nothing_heavy():
+    for name in ("fd_focus_predict", "fd_focus_export"):
+        run = command(name, "--help", flags=("-X", "importtime"))
+        assert run.returncode == 0 and "usage" in run.stdout
+        imported = {line.rsplit("|", 1)[-1].strip() for line in run.stderr.splitlines() if "|" in line}
+        assert not imported & {"torch", "fastai", "matplotlib", "pandas", "onnx"}
+
+
+def test_folder_to_csv(model, birds, tmp_path):
+    classifier = FocusClassifier.load(model, "cpu")
+    out, seen = tmp_path / "new" / "rows.csv", tmp_path / "seen"
+    run = ask(model, birds, "--out", out, "--regions", seen, "--bs", 7)
+    assert run.returncode == 0 and not run.stdout and "30 pictures" in run.stderr, run.stderr
+    table = pd.read_csv(out)
+    files = sorted(birds.rglob("*.jpg"))
+    assert list(table.file) == [str(f) for f in files] and table.error.isna().all() and table.sure.isna().all()
+    assert list(table.columns) == ["file", "label", "probability", "sure", "label_2", "probability_2", "label_3", "probability_3",
+                                   "box_1", "score_1", "box_2", "score_2", "box_3", "score_3", "box_4", "score_4", "error"]
+    for row, found in zip(table.itertuples(), classifier.predict(files)):
+        assert row.label == found.label and abs(row.probability - found.probability) < 1e-4
+        assert np.allclose([float(v) for v in row.box_1.split()], found.boxes[0], atol=.06) and abs(row.score_1 - found.scores[0]) < 1e-3
+    drawn = [seen / f.relative_to("/") for f in files]
+    assert all(Image.open(d).size == Image.open(f).size for d, f in zip(drawn, files))
+
+
+def test_json_lines_stdin_and_bad_files(model, birds, tmp_path):
+    good = sorted(birds.rglob("*.jpg"))[:3]
+    (tmp_path / "text.jpg").write_text("no picture")
+    (tmp_path / "empty").mkdir()
+    listed = f"{good[0]}\n\n{tmp_path / 'text.jpg'}\n{tmp_path / 'gone.png'}\n{good[1]}\n"
+    run = ask(model, "-", str(good[2].parent / "0[0-9].jpg"), tmp_path / "empty", f"{tmp_path}/*.tif", "--format", "jsonl", "--bs", 2, stdin=listed)
+    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    assert run.returncode == 1 and "4 could not be read" in run.stderr
+    assert [row["file"] for row in rows[:4]] == [str(good[0]), str(tmp_path / "text.jpg"), str(tmp_path / "gone.png"), str(good[1])]
+    assert "text.jpg cannot be read as a picture" in rows[1]["error"] and "no file" in rows[2]["error"]
+    assert "error" not in rows[0] and len(rows[0]["boxes"]) == 4 and len(rows[0]["top5"]) == 3 and rows[0]["label"] == rows[0]["top5"][0][0]
+    assert "Is a directory" in rows[-2]["error"] and "no file" in rows[-1]["error"]
+
+
+def here(capsys, monkeypatch, *paths, stdin="", **kwargs):
+    "The command in this process: exit status, standard output and error."
+    monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+    model, *paths = map(str, paths)
+    try: fd_focus_predict(model=model, paths=paths, device="cpu", **kwargs)
+    except SystemExit as end: status = end.code
+    else: status = 0
+    told = capsys.readouterr()
+    if isinstance(status, str): status, told = 1, told._replace(err=told.err + status)
+    return status, told.out.splitlines(), told.err
+
+
+def test_processes_share_the_list(model, birds, tmp_path, capsys, monkeypatch):
+    status, whole, _ = here(capsys, monkeypatch, model, birds)
+    assert status == 0
+    lines = [here(capsys, monkeypatch, model, birds, rank=rank, world=2)[1] for rank in (0, 1)]
+    assert lines[0][0] == whole[0]                                            # one header in all
+    assert len(lines[0]) == 16 and len(lines[1]) == 15
+    names = [[line.split(",")[0] for line in part] for part in (lines[0][1:], lines[1])]
+    assert set(names[0]).isdisjoint(names[1]) and sorted(names[0] + names[1]) == [line.split(",")[0] for line in whole[1:]]
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, _, told = here(capsys, monkeypatch, model, birds, out=str(tmp_path / "rows.jsonl"))
+    assert status == 0 and [json.loads(line)["file"] for line in (tmp_path / "rows.rank1.jsonl").read_text().splitlines()] == names[1]
+    status, _, told = here(capsys, monkeypatch, model, "-")
+    assert status == 1 and "cannot share a list on the standard input" in told
+
+
+def test_bad_arguments(model, birds, tmp_path, capsys, monkeypatch):
+    def message(*paths, **kwargs):
+        status, _, told = here(capsys, monkeypatch, *paths, **kwargs)
+        assert status == 1
+        return told
+    assert "no model folder" in message(tmp_path / "gone", birds)
+    assert "no config.json in" in message(tmp_path, birds)
+    assert "format='xml'" in message(model, birds, format="xml")
+    assert "bs=0" in message(model, birds, bs=0)
+    assert "workers=0" in message(model, birds, workers=0)
+    assert "rank=2 of world=2" in message(model, birds, rank=2, world=2)
+    assert "would overwrite" in message(model, birds, regions="/")
+    (tmp_path / "file").write_text("")
+    assert str(tmp_path / "file") in message(model, birds, out=str(tmp_path / "file" / "rows.csv"))
+    assert "no pictures were given" in message(model, "-")
+
+
+def test_reader_that_goes_away(model, birds):
+    args = [*starter("fd_focus_predict"), str(model), *[str(birds)] * 60, "--device", "cpu", "--bs", "4"]
+    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout.readline().startswith("file,label")
+        run.stdout.close()
+        assert "Traceback" not in run.stderr.read() and run.wait() == 1
+
+
+@pytest.mark.slow
+def test_ten_thousand_pictures_in_constant_memory(model, birds):
+    "Peak memory after 10,000 pictures is that after 1,000, to a few MB."
+    code = ("import resource, sys, io; from pathlib import Path; from fd_focus.predict import *; c = FocusClassifier.load(sys.argv[1], 'cpu')\n"
+            "files = sorted(map(str, Path(sys.argv[2]).rglob('*.jpg'))); peak = {}\n"
+            "class Sink(io.StringIO):\n    def write(self, text): pass\n"
+            "for n in (1000, 10000):\n"
+            "    assert predict_files(c, (files[i % 30] for i in range(n)), Rows(Sink(), 'csv', 3, 4)) == (n, 0)\n"
+            "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)")
+    run = subprocess.run([sys.executable, "-c", code, model, birds], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    first, last = map(int, run.stdout.split())
+    assert last - first < 40, (first, last)                                  # MB
