@@ -15,7 +15,7 @@ __all__ = ['ToyBirds', 'ToyItem', 'ToyTruth', 'draw_bird', 'toy_items', 'attenti
            'duplicate_images', 'loader_speed', 'plot_attention', 'plot_regions', 'BoxRecall', 'Calibration',
            'ObjectCoverage', 'PointingGame', 'calibrate', 'confidence_threshold', 'confused_pairs',
            'expected_calibration_error', 'fit_temperature', 'localisation_metrics', 'plot_confused', 'predictions',
-           'reliability_diagram']
+           'reliability_diagram', 'check_parity', 'export_model']
 
 # %% ../nbs/98_all.ipynb #98_all002
 from .toy import ToyBirds, ToyItem, ToyTruth, draw_bird, toy_items
@@ -30,7 +30,7 @@ from .learner import FocusInterpretation, FocusLearner, focus_learner, history, 
 from .checkpoint import Checkpoint, KeepBest, stoppable
 from .run import Settings, make_learner, replace, spread, train, write_run
 from .interpret import BoxRecall, Calibration, ObjectCoverage, PartHitRate, PointingGame, box_recall, calibrate, chance_level, confidence_threshold, confused_pairs, expected_calibration_error, fit_temperature, localisation, localisation_metrics, object_coverage, part_hit_rate, plot_confused, pointing_game, predictions, reliability_diagram
-from .export import FocusPipeline, load_focus, push_to_hub, save_focus, write_card
+from .export import FocusPipeline, check_parity, export_model, load_focus, push_to_hub, save_focus, write_card
 from .predict import FocusClassifier, Prediction, draw_prediction
 
 _all_ = ["ToyBirds", "ToyItem", "ToyTruth", "draw_bird", "toy_items", "attention_map", "class_activation_maps", "smooth",
@@ -42,4 +42,5 @@ _all_ = ["ToyBirds", "ToyItem", "ToyTruth", "draw_bird", "toy_items", "attention
          "object_coverage", "part_hit_rate", "pointing_game", "FocusPipeline", "load_focus", "save_focus",
          "FocusClassifier", "Prediction", "draw_prediction", "Checkpoint", "KeepBest", "stoppable",
          "push_to_hub", "write_card",
-         "DataWarning", "check_images", "duplicate_images", "loader_speed", "plot_attention", "plot_regions", "BoxRecall", "Calibration", "ObjectCoverage", "PointingGame", "calibrate", "confidence_threshold", "confused_pairs", "expected_calibration_error", "fit_temperature", "localisation_metrics", "plot_confused", "predictions", "reliability_diagram"]
+         "DataWarning", "check_images", "duplicate_images", "loader_speed", "plot_attention", "plot_regions", "BoxRecall", "Calibration", "ObjectCoverage", "PointingGame", "calibrate", "confidence_threshold", "confused_pairs", "expected_calibration_error", "fit_temperature", "localisation_metrics", "plot_confused", "predictions", "reliability_diagram",
+         "check_parity", "export_model"]
