@@ -12,7 +12,7 @@ licenses = {"apache2": "License :: OSI Approved :: Apache Software License"}
 statuses = ["", "1 - Planning", "2 - Pre-Alpha", "3 - Alpha", "4 - Beta", "5 - Production/Stable"]
 py_versions = ["3.11", "3.12", "3.13", "3.14"]
 readme = root / "README.md"
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("export", "app", "log")}
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("export", "app", "log", "distributed")}
 
 setup(
     name=cfg["lib_name"],

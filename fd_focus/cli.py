@@ -6,6 +6,7 @@
 __all__ = ['fd_focus_train', 'fd_focus_compare', 'compare_runs', 'fd_focus_predict', 'fd_focus_export']
 
 # %% ../nbs/95_cli.ipynb #95_cli003
+import os
 import sys
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def fd_focus_train(
     image_size: int = 448,    # side of what the network sees, pixels
     epochs: int = 15,         # passes over the training pictures
     lr: float = 4e-3,         # peak learning rate of the heads; a tenth of it for a body with weights
-    bs: int = 32,             # pictures a batch
+    bs: int = 32,             # pictures a batch, of all processes together
     seed: int = 0,            # decides everything that is random
     plain: store_true = False,       # the plain backbone under the same recipe
     fusion: str = "concat",   # of region features: concat, sum, mean
@@ -105,22 +106,24 @@ def _train(values: dict, given: set):
     import shlex
     from fd_focus.export import save_focus, write_card
     from fd_focus.run import Settings, asdict, train, write_run, write_settings
-    resume = values["resume"]
+    resume, first = values["resume"], not int(os.environ.get("RANK", 0))    # of the processes that train together, the first one writes and speaks
+    if not first: sys.stdout = open(os.devnull, "w")
     try: settings, out = _merge(values, given)
     except _Finished as error: return print(f"fd_focus: {error}")
-    again = f"fd_focus_train --resume --out {shlex.quote(str(out))}"
+    again = ("torchrun … " if "RANK" in os.environ else "") + f"fd_focus_train --resume --out {shlex.quote(str(out))}"
     if not resume and (done := _unfinished(out)):
         raise ValueError(f"{out} holds an unfinished run ({done} done): go on with {again}, give another --out, or delete {out / 'checkpoint.pt'}")
     out.mkdir(parents=True, exist_ok=True)       # a folder that cannot be written is known before training, not after
     settings = Settings(**settings)
     try:
-        if not resume: write_settings(asdict(settings), out)
+        if first and not resume: write_settings(asdict(settings), out)
         learn, table, summary = train(settings, out=out, resume=resume)
+        if not first: return
         save_focus(learn, out / "model", settings.arch, settings.cut, dict(accuracy=summary["accuracy"]), settings=summary["settings"])
         write_run(learn, table, summary, out)
         if not settings.plain: write_card(out / "model", out / "regions.png")
     except KeyboardInterrupt as stop:
-        print(f"\nfd_focus: {stop or 'stopped at once'}. Go on with\n  {again}", file=sys.stderr)
+        if first: print(f"\nfd_focus: {stop or 'stopped at once'}. Go on with\n  {again}", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
         if not (error.filename and Path(error.filename).is_relative_to(out) and (out / "checkpoint.pt").is_file()): raise

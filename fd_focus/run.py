@@ -10,9 +10,10 @@ __all__ = ['NET_SETTINGS', 'LOGS', 'Settings', 'check_settings', 'read_settings'
 import difflib
 import json
 import math
+import os
 import platform
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +25,7 @@ import yaml
 from fastai.callback.channelslast import *   # noqa: F403 -- patches to_channelslast into Learner
 from fastai.callback.core import Callback
 from fastai.callback.tracker import EarlyStoppingCallback
-from fastai.torch_core import rank_distrib, set_seed
+from fastai.torch_core import num_distrib, rank_distrib, set_seed
 
 from .checkpoint import Checkpoint, KeepBest, put as _put, stoppable
 from .data import FocusDataLoaders
@@ -44,7 +45,7 @@ class Settings:
     epochs: int = 15
     lr: float = 4e-3                # peak, of the heads; the body's is this times `body_lr`
     body_lr: float | None = None    # None: 0.1 with weights, 1 from scratch
-    bs: int = 32
+    bs: int = 32                    # pictures a batch, of all processes together
     seed: int = 0
     plain: bool = False             # the plain backbone under the same recipe
     label_smoothing: float = 0.
@@ -114,6 +115,10 @@ def make_learner(settings: Settings) -> FocusLearner:
     s = settings
     if s.epochs < 1: raise ValueError(f"epochs={s.epochs}; train for at least 1")
     if s.bs < 2: raise ValueError(f"bs={s.bs}; batch norm needs at least 2")
+    processes = max(1, num_distrib())
+    if s.bs % processes or s.bs < 2 * processes:
+        raise ValueError(f"bs={s.bs} cannot be shared by {processes} processes; use a multiple of {processes}, at least {2 * processes}")
+    if processes > 1 and torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if s.early_stop < 0: raise ValueError(f"early_stop={s.early_stop}; use a number of epochs, or 0 for never")
     if s.data == "toy" and s.split == "test" and (s.early_stop or s.keep_best):
         raise ValueError("split='test' is for a finished choice, but early_stop and keep_best choose the epoch on it; use split='valid'")
@@ -121,8 +126,8 @@ def make_learner(settings: Settings) -> FocusLearner:
     set_seed(s.seed, reproducible=True)
     if s.data == "toy":
         dls = FocusDataLoaders.from_toy(s.images_per_class, image_size=s.image_size, split=s.split, n_classes=s.n_classes,
-                                        mark_size=s.mark_size, clutter=s.clutter, bs=s.bs, num_workers=s.workers)
-    else: dls = FocusDataLoaders.from_folder(s.data, image_size=s.image_size, bs=s.bs, num_workers=s.workers)
+                                        mark_size=s.mark_size, clutter=s.clutter, bs=s.bs // processes, num_workers=s.workers)
+    else: dls = FocusDataLoaders.from_folder(s.data, image_size=s.image_size, bs=s.bs // processes, num_workers=s.workers)
     if len(dls.train_ds) < s.bs: raise ValueError(f"bs={s.bs} is more than the {len(dls.train_ds)} training pictures; use a smaller batch")
     set_seed(s.seed, reproducible=True)
     dls.train.rng.seed(s.seed)
@@ -135,6 +140,13 @@ def body_lr(settings: Settings) -> float:
     "The body's learning rate, as a share of the heads'."
     if settings.body_lr is not None: return settings.body_lr
     return 0.1 if settings.weights or settings.pretrained else 1.
+
+def _sharing(learn: FocusLearner):
+    "The context of several processes, where torchrun or accelerate has started them."
+    if num_distrib() < 2: return nullcontext()
+    try: from fd_focus.distributed import sharing
+    except ImportError as error: raise ValueError(f"training in several processes needs a package that is not installed ({error}): pip install accelerate") from None
+    return sharing(learn)
 
 def train(
     settings: Settings,
@@ -153,7 +165,7 @@ def train(
     stop = EarlyStoppingCallback(monitor="accuracy", patience=s.early_stop) if s.early_stop else None
     cbs, start = [cb for cb in (keep, stop, logger, checkpoint) if cb is not None], time.perf_counter()
     with ExitStack() as stack:
-        for context in [stoppable(learn)] + ([] if bar else [learn.no_bar(), learn.no_logging()]): stack.enter_context(context)
+        for context in [_sharing(learn), stoppable(learn)] + ([] if bar else [learn.no_bar(), learn.no_logging()]): stack.enter_context(context)
         learn.fit_one_cycle(s.epochs, slice(s.lr * body_lr(s), s.lr), cbs=cbs)
     seconds = time.perf_counter() - start if checkpoint is None else checkpoint.seconds
     table = history(learn)
@@ -162,7 +174,7 @@ def train(
     summary = dict(accuracy=float(row.accuracy), seconds=round(seconds, 1),
                    images_per_second=round(len(learn.dls.train_ds) * len(table) / seconds, 1),
                    **{name: float(row[name]) for name in ("image_accuracy", "region_accuracy", "ensemble_accuracy") if name in table},
-                   epochs_trained=len(table), weights_of_epoch=kept + 1,
+                   epochs_trained=len(table), weights_of_epoch=kept + 1, processes=max(1, num_distrib()),
                    train_images=len(learn.dls.train_ds), valid_images=len(learn.dls.valid_ds), classes=len(learn.dls.vocab),
                    parameters=sum(p.numel() for p in learn.model.parameters()), versions=versions(),
                    settings=asdict(s) | dict(body_lr=body_lr(s)))
