@@ -5,24 +5,28 @@
 # %% auto #0
 __all__ = ['body_and_heads', 'bare', 'over_processes', 'LossParts', 'LossPart', 'KeepFocus', 'HeadAccuracy', 'StopOnNaN',
            'SmoothOnDevice', 'PassTarget', 'to_pixels', 'look', 'FocusLearner', 'FocusInterpretation', 'focus_learner',
-           'history']
+           'history', 'Steps', 'WarmCosine', 'AverageWeights', 'ImageFirst']
 
 # %% ../nbs/70_learner.ipynb #70_learner003
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.callback.core import Callback
+from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import *   # noqa: F403 -- patches fit_one_cycle, fine_tune, lr_find into Learner
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import AvgSmoothLoss, Learner, Metric
 from fastai.metrics import accuracy
+from fastai.optimizer import SGD
 from fastai.torch_core import find_bs, params
 from fastai.vision.core import TensorImage
 from torch import Tensor, nn
@@ -252,3 +256,83 @@ def history(learn: Learner) -> pd.DataFrame:
     "What the Recorder has seen: one row an epoch, columns epoch, train_loss, valid_loss and the metrics."
     names = [name for name in learn.recorder.metric_names if name not in ("epoch", "time")]
     return pd.DataFrame([list(row) for row in learn.recorder.values], columns=names).rename_axis("epoch").reset_index()
+
+# %% ../nbs/70_learner.ipynb #70_learner022b
+class Steps:
+    "Schedule: learning rates that fall by `factor` after each share `every` of the run (section 4.2)."
+    def __init__(self, lrs: np.ndarray, every: float = 0.4, factor: float = 0.1): self.lrs, self.every, self.factor = lrs, every, factor
+    def __call__(self, pos: float) -> np.ndarray: return self.lrs * self.factor ** int(pos / self.every + 1e-6)
+
+class WarmCosine:
+    "Schedule: linear from `lrs/25` during the share `warm` of the run, then a half cosine to zero."
+    def __init__(self, lrs: np.ndarray, warm: float = 0.1): self.lrs, self.warm = lrs, warm
+    def __call__(self, pos: float) -> np.ndarray:
+        if pos < self.warm: return self.lrs * (1 / 25 + (1 - 1 / 25) * pos / self.warm)
+        return self.lrs * (1 + math.cos(math.pi * (pos - self.warm) / (1 - self.warm))) / 2
+
+# %% ../nbs/70_learner.ipynb #70_learner022c
+class AverageWeights(Callback):
+    "Exponential moving average of weights and buffers: judged in validation, and what is left after the fit."
+    order = 80     # after the optimiser's step
+    def __init__(self, decay: float = 0.99): self.decay = decay   # share of the old average that a step keeps
+    def _tensors(self): return [t for t in (*self.model.parameters(), *self.model.buffers()) if t.is_floating_point()]
+    def before_fit(self): self.average, self.swapped = [t.detach().clone() for t in self._tensors()], False
+    @torch.no_grad()
+    def after_batch(self):
+        if not self.training: return
+        decay = min(self.decay, (self.train_iter + 1) / (self.train_iter + 10))     # short at first, or the start would linger
+        for mean, now in zip(self.average, self._tensors()): mean.lerp_(now, 1 - decay)
+    @torch.no_grad()
+    def _swap(self, to: bool):
+        if self.swapped == to: return
+        for mean, now in zip(self.average, self._tensors()):
+            kept = now.clone(); now.copy_(mean); mean.copy_(kept)
+        self.swapped = to
+    def before_validate(self): self._swap(True)
+    def after_validate(self): self._swap(False)
+    def after_cancel_validate(self): self._swap(False)
+    def after_fit(self): self._swap(True)
+
+class ImageFirst(Callback):
+    "For the first `epochs` only the image head learns, as a plain classifier; then the second look begins."
+    order = -10
+    def __init__(self, epochs: int = 1): self.first = epochs   # 0 or more
+    def before_epoch(self): self.model.first_look_only = self.epoch < self.first
+    def after_fit(self): self.model.first_look_only = False
+
+# %% ../nbs/70_learner.ipynb #70_learner022d
+@patch
+def fit_paper(self: FocusLearner,
+    n_epoch: int,            # 100 in the paper; the learning rate falls after 40 % and 80 % of them
+    lr: float = 0.01,        # base learning rate, of the heads
+    body_lr: float = 0.1,    # the body's, as a share of it
+    wd: float = 5e-4,        # weight decay (L2)
+    mom: float = 0.9,        # momentum
+    cbs=None, start_epoch: int = 0,
+) -> None:
+    "Train end to end with the paper's recipe (section 4.2): SGD and three steps. Replaces the optimiser."
+    self.opt_func = partial(SGD, mom=mom, decouple_wd=False)
+    self.create_opt(); self.unfreeze()
+    lrs = np.array([lr * body_lr, lr])
+    self.opt.set_hyper("lr", lrs)
+    self.fit(n_epoch, wd=wd, cbs=[ParamScheduler({"lr": Steps(lrs)}), *L(cbs)], start_epoch=start_epoch)
+
+@patch
+def fit_modern(self: FocusLearner,
+    n_epoch: int,
+    lr: float = 4e-3,             # peak learning rate, of the heads
+    body_lr: float = 0.1,         # the body's, as a share of it; 1 from scratch
+    wd: float | None = None,      # weight decay; None: the learner's
+    warm: float = 0.1,            # share of the run with a rising learning rate
+    ema: float | None = None,     # decay of a moving average of the weights, 0.99 say
+    mixup: float = 0.,            # strength (alpha) of MixUp; 0 is none
+    cbs=None, start_epoch: int = 0,
+) -> None:
+    "Train end to end: warm-up and cosine with the learner's optimiser (AdamW by default). ValueError for MixUp with attention='single'."
+    if mixup and getattr(self.model, "attention", None) == "single":
+        raise ValueError("mixup blends two classes, but attention='single' looks for one true class: use attention='max', or mixup=0")
+    self.unfreeze()
+    lrs = np.array([lr * body_lr, lr])
+    self.opt.set_hyper("lr", lrs)
+    extra = ([AverageWeights(ema)] if ema else []) + ([MixUp(mixup)] if mixup else [])
+    self.fit(n_epoch, wd=wd, cbs=[ParamScheduler({"lr": WarmCosine(lrs, warm)}), *extra, *L(cbs)], start_epoch=start_epoch)

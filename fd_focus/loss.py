@@ -18,6 +18,7 @@ def _plain(x): return x.as_subclass(Tensor) if isinstance(x, TensorBase) else x 
 
 class FocusLoss(Module):
     "Weighted sum of the cross entropies of image, region and hybrid logits (Eq. 3-5); plain cross entropy for a tensor."
+    y_int = True     # targets are class indices: fastai's MixUp then blends losses, not targets
     def __init__(self,
         image_weight: float = 1.,     # weight of the image head's loss
         region_weight: float = 1.,    # weight of the region head's loss, a mean over the m regions
