@@ -8,7 +8,8 @@ __all__ = ['ToyBirds', 'ToyItem', 'ToyTruth', 'draw_bird', 'toy_items', 'attenti
            'FocusOutput', 'PlainNet', 'create_body', 'toy_resnet', 'FocusLoss', 'FocusDataLoaders', 'bad_images',
            'open_image', 'paper_transforms', 'REGION_COLOURS', 'draw_attention', 'draw_image', 'draw_regions',
            'plot_curves', 'plot_focus', 'plot_zooms', 'FocusInterpretation', 'FocusLearner', 'focus_learner', 'history',
-           'look', 'to_pixels', 'Settings', 'make_learner', 'replace', 'spread', 'train', 'write_run', 'PartHitRate',
+           'look', 'to_pixels', 'Settings', 'make_learner', 'replace', 'spread', 'train', 'write_run', 'load_plan',
+           'multiply_adds', 'paired_difference', 'plot_results', 'run_experiment', 'summarise', 'PartHitRate',
            'box_recall', 'chance_level', 'localisation', 'object_coverage', 'part_hit_rate', 'pointing_game',
            'FocusPipeline', 'load_focus', 'save_focus', 'FocusClassifier', 'Prediction', 'draw_prediction',
            'Checkpoint', 'KeepBest', 'stoppable', 'push_to_hub', 'write_card', 'DataWarning', 'check_images',
@@ -29,6 +30,7 @@ from .plot import REGION_COLOURS, draw_attention, draw_image, draw_regions, plot
 from .learner import FocusInterpretation, FocusLearner, focus_learner, history, look, to_pixels
 from .checkpoint import Checkpoint, KeepBest, stoppable
 from .run import Settings, make_learner, replace, spread, train, write_run
+from .experiment import load_plan, multiply_adds, paired_difference, plot_results, run_experiment, summarise
 from .interpret import BoxRecall, Calibration, ObjectCoverage, PartHitRate, PointingGame, box_recall, calibrate, chance_level, confidence_threshold, confused_pairs, expected_calibration_error, fit_temperature, localisation, localisation_metrics, object_coverage, part_hit_rate, plot_confused, pointing_game, predictions, reliability_diagram
 from .export import FocusPipeline, check_parity, export_model, load_focus, push_to_hub, save_focus, write_card
 from .predict import FocusClassifier, Prediction, draw_prediction
@@ -38,7 +40,7 @@ _all_ = ["ToyBirds", "ToyItem", "ToyTruth", "draw_bird", "toy_items", "attention
          "FocusOutput", "PlainNet", "create_body", "toy_resnet", "FocusLoss", "FocusDataLoaders", "bad_images",
          "open_image", "paper_transforms", "REGION_COLOURS", "draw_attention", "draw_image", "draw_regions",
          "plot_curves", "plot_focus", "plot_zooms", "FocusInterpretation", "FocusLearner", "focus_learner",
-         "history", "look", "to_pixels", "Settings", "make_learner", "replace", "spread", "train", "write_run", "PartHitRate", "box_recall", "chance_level", "localisation",
+         "history", "look", "to_pixels", "Settings", "make_learner", "replace", "spread", "train", "write_run", "load_plan", "multiply_adds", "paired_difference", "plot_results", "run_experiment", "summarise", "PartHitRate", "box_recall", "chance_level", "localisation",
          "object_coverage", "part_hit_rate", "pointing_game", "FocusPipeline", "load_focus", "save_focus",
          "FocusClassifier", "Prediction", "draw_prediction", "Checkpoint", "KeepBest", "stoppable",
          "push_to_hub", "write_card",

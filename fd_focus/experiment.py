@@ -10,7 +10,7 @@ __all__ = ['PlannedRun', 'load_plan', 'multiply_adds', 'predictions', 'run_exper
 import json
 import math
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -21,9 +21,8 @@ import yaml
 from fastai.learner import Learner
 from torch.utils.flop_counter import FlopCounterMode
 
-from .learner import to_pixels
-from .model import mean_of_heads
-from .run import Settings, _put, train
+from .checkpoint import put
+from .run import Settings, check_settings, train
 
 # %% ../nbs/75_experiment.ipynb #75_experiment007
 @dataclass(frozen=True)
@@ -37,11 +36,9 @@ class PlannedRun:
     def key(self) -> tuple: return self.data, self.variant, self.seed
 
 def _settings(values: dict, where: str) -> Settings:
-    "Settings of a dict. ValueError names unknown keys."
-    known = {f.name for f in fields(Settings)}
-    if unknown := sorted(set(values) - known):
-        raise ValueError(f"{where}: unknown settings {', '.join(unknown)}; there are {', '.join(sorted(known))}")
-    return Settings(**values)
+    "Settings of a dict. ValueError names the place, and unknown or misshaped ones."
+    try: return Settings(**check_settings(values))
+    except ValueError as error: raise ValueError(f"{where}: {error}") from None
 
 def load_plan(
     file: str | Path,        # YAML with `variants` and `seeds`, and perhaps `base` and `data`
@@ -111,7 +108,7 @@ def _one_run(run: PlannedRun, csv: Path) -> dict:
                     versions=json.dumps(summary["versions"]))
         file = _predictions_file(csv, *run.key)
         file.parent.mkdir(parents=True, exist_ok=True)
-        _put(file, lambda part: np.savez_compressed(part, **found))
+        put(file, lambda part: np.savez_compressed(part, **found))
     except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
         row["status"] = f"failed: {type(error).__name__}: {error}".split("\n")[0][:300]
     return row | dict(settings=_fingerprint(run.settings))
@@ -130,7 +127,7 @@ def run_experiment(
         if run.key in done and done[run.key]["settings"] == _fingerprint(run.settings): continue
         row = _one_run(run, csv)
         rows = [r for r in rows if (r["data"], r["variant"], r["seed"]) != run.key] + [row]
-        _put(csv, lambda part: pd.DataFrame(rows).to_csv(part, index=False))
+        put(csv, lambda part: pd.DataFrame(rows).to_csv(part, index=False))
         say(f"{number}/{len(runs)} {run.data}, {run.variant}, seed {run.seed}: " + (f"{100 * row['accuracy']:.1f} %, {row['seconds']:.0f} s" if row["status"] == "ok" else row["status"]))
     return pd.DataFrame(rows)
 

@@ -273,7 +273,7 @@ class WarmCosine:
 # %% ../nbs/70_learner.ipynb #70_learner022c
 class AverageWeights(Callback):
     "Exponential moving average of weights and buffers: judged in validation, and what is left after the fit."
-    order = 80     # after the optimiser's step
+    order, remembers = 80, ("average",)     # after the optimiser's step; what a checkpoint keeps
     def __init__(self, decay: float = 0.99): self.decay = decay   # share of the old average that a step keeps
     def _tensors(self): return [t for t in (*self.model.parameters(), *self.model.buffers()) if t.is_floating_point()]
     def before_fit(self): self.average, self.swapped = [t.detach().clone() for t in self._tensors()], False
