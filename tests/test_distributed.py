@@ -87,7 +87,7 @@ def finish(start):
     "Runs to the end; the exit statuses, and what the first process said."
     def finish(out, *args, **kwargs):
         group = start(out, *args, **kwargs)
-        for process in group: process.join(180)
+        for process in group: process.join(600)
         return [process.exitcode for process in group], Path(f"{out}.0.log").read_text()
     return finish
 
@@ -175,7 +175,7 @@ def test_ctrl_c_in_one_stops_both_and_one_goes_on(easy, start, finish, tmp_path)
     group = start(out, **easy)
     while not boundary(out, 1): time.sleep(.01)
     os.kill(group[1].pid, signal.SIGINT)
-    for process in group: process.join(60)
+    for process in group: process.join(600)
     assert [process.exitcode for process in group] == [130, 130]
     assert "stopped" in Path(f"{out}.0.log").read_text() and "Go on with" not in Path(f"{out}.1.log").read_text()
     statuses, said = finish(out, 1, resume=True)
