@@ -297,8 +297,8 @@ class ImageFirst(Callback):
     "For the first `epochs` only the image head learns, as a plain classifier; then the second look begins."
     order = -10
     def __init__(self, epochs: int = 1): self.first = epochs   # 0 or more
-    def before_epoch(self): self.model.first_look_only = self.epoch < self.first
-    def after_fit(self): self.model.first_look_only = False
+    def before_epoch(self): bare(self.model).first_look_only = self.epoch < self.first
+    def after_fit(self): bare(self.model).first_look_only = False
 
 # %% ../nbs/70_learner.ipynb #70_learner022d
 @patch

@@ -157,6 +157,21 @@ def test_killed_at_random_points(whole, start, finish, tmp_path, seed):
     assert not list(out.glob(".*part*"))
 
 
+@pytest.mark.parametrize("settings", [dict(recipe="modern", ema=.9, mixup=.2, image_first=1, keep_best=True),
+                                      pytest.param(dict(recipe="paper", lr=.01, attention="random"), marks=pytest.mark.slow)])
+def test_every_recipe(start, finish, tmp_path, settings):
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump({**TINY, **settings}))
+    config, out = str(tmp_path / "settings.yaml"), tmp_path / "run"
+    status, said = finish(tmp_path / "whole", config=config)
+    assert status == 0, said
+    process = start(out, config=config)
+    wait_for(lambda: (out / "checkpoint.pt").exists() and read_checkpoint(out / "checkpoint.pt")["epoch"] == 2, process)
+    kill(process)
+    status, said = finish(out, resume=True)
+    assert status == 0, said
+    assert same(tmp_path / "whole", out)
+
+
 def test_killed_while_writing_a_checkpoint(whole, start, finish, tmp_path):
     out = tmp_path / "run"
     process = start(out, slow_writing, 2, **TINY)
