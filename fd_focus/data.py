@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXTENSIONS', 'open_image', 'check_images', 'bad_images', 'DataWarning', 'duplicate_images', 'stratified_split',
-           'folder_table', 'csv_table', 'check_table', 'paper_transforms', 'BalancedDL', 'FocusDataLoaders',
-           'cub_table', 'aircraft_table', 'cars_table', 'loader_speed']
+           'folder_table', 'csv_table', 'check_table', 'paper_transforms', 'ReducedPictures', 'BalancedDL',
+           'FocusDataLoaders', 'cub_table', 'aircraft_table', 'cars_table', 'loader_speed']
 
 # %% ../nbs/60_data.ipynb #60_data003
 import hashlib
@@ -67,6 +67,12 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+_TURNED = {5, 6, 7, 8}     # EXIF orientations that swap width and height
+
+def _upright_size(file: Path) -> tuple[int, int]:
+    "Width and height of a picture as a viewer shows it, without decoding it."
+    with Image.open(file) as image: return image.size[::-1] if image.getexif().get(0x0112) in _TURNED else image.size
 
 def open_image(
     source,                       # path, open binary file, PIL image, or array (H,W) or (H,W,3) uint8
@@ -280,13 +286,46 @@ def paper_transforms(
     if resize < image_size: raise ValueError(f"resize={resize} is smaller than image_size={image_size}")
     return [Resize(resize, method=ResizeMethod.Squish if squash else ResizeMethod.Crop), RandomCrop(image_size), FlipItem()]
 
-# %% ../nbs/60_data.ipynb #60_data031
+# %% ../nbs/60_data.ipynb #60_data032
+class ReducedPictures:
+    "Opens pictures, and keeps large ones reduced in a folder of bounded size, for the next epoch."
+    def __init__(self,
+        folder: str | Path,      # made if need be; may be shared and deleted at any time
+        min_side: int,           # both sides of a kept picture are at least this, pixels
+        gigabytes: float = 10.,  # the folder grows to this, give or take a few pictures a worker
+    ):
+        self.folder, self.min_side, self.limit, self.writes = Path(folder), min_side, gigabytes * 1e9, 0
+        self.folder.mkdir(parents=True, exist_ok=True)
+    def used(self) -> int:
+        "Bytes in the folder."
+        with os.scandir(self.folder) as files: return sum(file.stat().st_size for file in files if file.name.endswith(".jpg"))
+    def _place(self, file: Path) -> Path:
+        stat = file.stat()
+        return self.folder / f"{hashlib.blake2b(f'{file.absolute()} {stat.st_size} {stat.st_mtime_ns} {self.min_side}'.encode(), digest_size=16).hexdigest()}.jpg"
+    def __call__(self, file: Path) -> PILImage:
+        try:
+            place = self._place(file)
+            return open_image(place)
+        except (OSError, ValueError): image = open_image(file, self.min_side)      # not kept yet, or damaged
+        if min(_upright_size(file)) >= 2 * self.min_side: self._keep(image, place)
+        return image
+    def _keep(self, image: Image.Image, place: Path):
+        if self.writes % 16 == 0: self.full = self.used() >= self.limit
+        self.writes += 1
+        if self.full: return
+        part = place.with_name(f"{place.stem}.{os.getpid()}.part")
+        try:
+            image.reduce(max(1, min(image.size) // self.min_side)).save(part, "JPEG", quality=95, subsampling=0)
+            part.replace(place)
+        except OSError: part.unlink(missing_ok=True)      # a full disk only costs time
+
+# %% ../nbs/60_data.ipynb #60_data033
 class _Reader:
     "Item to picture, below a folder; anything that is no path goes to `open_image` as it is."
-    def __init__(self, path, min_side=None): self.path, self.min_side = path, min_side
+    def __init__(self, path, min_side=None, cache=None): self.path, self.min_side, self.cache = path, min_side, cache
     def __call__(self, item):
-        file = self.path / item if isinstance(item, (str, Path)) else item
-        return open_image(file, self.min_side)
+        if not isinstance(item, (str, Path)): return open_image(item, self.min_side)
+        return self.cache(self.path / item) if self.cache else open_image(self.path / item, self.min_side)
 
 class _ToyOrFile:
     "Draws toy items, opens anything else, so that `learn.predict` takes photographs."
@@ -298,7 +337,7 @@ class _Labels:
     def __init__(self, table): self.known = dict(zip(map(str, table.file), table.label))
     def __call__(self, item): return self.known[str(item)]
 
-# %% ../nbs/60_data.ipynb #60_data033
+# %% ../nbs/60_data.ipynb #60_data035
 class BalancedDL(TfmdDL):
     "A fastai loader that, where it shuffles and has `weights`, draws items with replacement in proportion to them."
     def __init__(self, dataset=None, bs: int = 64, weights: list[float] | None = None, **kwargs):
@@ -311,7 +350,7 @@ class BalancedDL(TfmdDL):
         same = (dataset is None or dataset is self.dataset) and (cls is None or issubclass(cls, BalancedDL))
         return super().new(dataset, cls, **({"weights": self.weights} if same else {}) | kwargs)
 
-# %% ../nbs/60_data.ipynb #60_data035
+# %% ../nbs/60_data.ipynb #60_data037
 _LOADER = "num_workers pin_memory timeout drop_last n device persistent_workers pin_memory_device val_bs shuffle".split()
 
 def _known(kwargs: dict):
@@ -347,7 +386,7 @@ def _without(table: pd.DataFrame, path: Path, on_bad_image: str, on_duplicate: s
             table = table[~table.file.isin(drop.file)]
     return table.reset_index(drop=True), skipped, twice.reset_index(drop=True)
 
-# %% ../nbs/60_data.ipynb #60_data036
+# %% ../nbs/60_data.ipynb #60_data038
 class FocusDataLoaders(DataLoaders):
     "fastai DataLoaders with `.table`: file, label, split of every picture, and box and parts where they are known."
     @classmethod
@@ -365,6 +404,8 @@ class FocusDataLoaders(DataLoaders):
         on_duplicate: str = "warn",       # the same picture under two labels or in both splits: 'warn' names them; 'drop' leaves out all
                                           # copies with two labels, and training copies of validation pictures
         balance: bool = False,            # draw every class equally often in training
+        cache: str | Path | None = None,  # folder that keeps large pictures reduced, see `ReducedPictures`
+        cache_gb: float = 10.,            # its size, gigabytes
         bs: int = 16,                     # pictures a batch
         **kwargs,
     ) -> "FocusDataLoaders":
@@ -378,7 +419,10 @@ class FocusDataLoaders(DataLoaders):
         check_table(table, classes)
         own = item_tfms is None
         if own: item_tfms = paper_transforms(image_size, resize, squash)
-        block = DataBlock((ImageBlock, CategoryBlock(vocab=sorted(table.label.unique()))), get_x=_Reader(path, _target_side(item_tfms)), get_y=_Labels(table),
+        min_side = _target_side(item_tfms)
+        if cache and not min_side: raise ValueError("cache keeps pictures at the size that the first of item_tfms resizes to, but these do not begin with a Resize")
+        reader = _Reader(path, min_side, ReducedPictures(cache, min_side, cache_gb) if cache else None)
+        block = DataBlock((ImageBlock, CategoryBlock(vocab=sorted(table.label.unique()))), get_x=reader, get_y=_Labels(table),
                           splitter=IndexSplitter(np.flatnonzero(table.split == "valid")), item_tfms=item_tfms, batch_tfms=batch_tfms)
         if balance:
             labels = table.label[table.split == "train"]
@@ -442,13 +486,7 @@ class FocusDataLoaders(DataLoaders):
         dls.min_side = image_size
         return dls
 
-# %% ../nbs/60_data.ipynb #60_data039
-_TURNED = {5, 6, 7, 8}     # EXIF orientations that swap width and height
-
-def _upright_size(file: Path) -> tuple[int, int]:
-    "Width and height of a picture as a viewer shows it, without decoding it."
-    with Image.open(file) as image: return image.size[::-1] if image.getexif().get(0x0112) in _TURNED else image.size
-
+# %% ../nbs/60_data.ipynb #60_data041
 class _Pairs(list):
     "Items for a loader, with the split that its transforms ask for."
     def __init__(self, pairs, split_idx): super().__init__(pairs); self.split_idx = split_idx
@@ -517,7 +555,7 @@ def pictures_with_truth(self: FocusDataLoaders,
     x, points = self._sent([read(item) for item in items], _points(rows, self._sizes(rows)), split_idx)
     return x, rows.label.tolist(), _found(points, rows, x.shape[:1:-1])
 
-# %% ../nbs/60_data.ipynb #60_data040
+# %% ../nbs/60_data.ipynb #60_data042
 @patch
 def truth(self: FocusDataLoaders,
     items: list,               # items of the validation set
@@ -535,7 +573,7 @@ def truth(self: FocusDataLoaders,
     scale = resize / sizes if squash else np.repeat(resize / sizes.min(1, keepdims=True), 2, 1)
     return _found((points + 1) / 2 * (sizes * scale)[:, None] + ((self.image_size - sizes * scale) / 2)[:, None], rows, [self.image_size] * 2)
 
-# %% ../nbs/60_data.ipynb #60_data042
+# %% ../nbs/60_data.ipynb #60_data044
 @patch
 def show_batch(self: FocusDataLoaders,
     split: str = "train",     # 'train' (random crop and flip) or 'valid'
@@ -571,7 +609,7 @@ def show_batch(self: FocusDataLoaders,
                 ax.add_patch(Circle((px, py), max(radius, picture.shape[2] / 100), fill=False, ec="cyan", lw=1))
     return axes[0].figure
 
-# %% ../nbs/60_data.ipynb #60_data052
+# %% ../nbs/60_data.ipynb #60_data054
 @patch
 def write_skipped(self: FocusDataLoaders,
     folder: str | Path,     # of the run
@@ -582,7 +620,7 @@ def write_skipped(self: FocusDataLoaders,
     pd.DataFrame([(str(f), why) for f, why in self.skipped.items()], columns=["file", "why"]).to_csv(file, index=False)
     return file
 
-# %% ../nbs/60_data.ipynb #60_data059
+# %% ../nbs/60_data.ipynb #60_data061
 @patch(as_prop=True)
 def class_counts(self: FocusDataLoaders) -> pd.DataFrame:
     "Pictures of each class: index label, columns train, valid; most first."
@@ -605,7 +643,7 @@ def show_counts(self: FocusDataLoaders,
     ax.set_title(f"{len(counts)} classes, {counts.train.min()} to {counts.train.max()} training pictures each", fontsize=10)
     return ax.figure
 
-# %% ../nbs/60_data.ipynb #60_data064
+# %% ../nbs/60_data.ipynb #60_data068
 def _need(files: list[Path], what: str):
     "FileNotFoundError naming missing files and where to get the set."
     if gone := [str(f) for f in files if not f.exists()]: raise FileNotFoundError(f"missing {', '.join(gone)}. {what}")
@@ -635,7 +673,7 @@ def cub_table(
     table["split"] = np.where(table.train == 1, "train", "valid")
     return _resplit(table[[c for c in ("file", "label", "split", "box", "parts", "visible") if c in table]].reset_index(drop=True), valid_pct, seed)
 
-# %% ../nbs/60_data.ipynb #60_data065
+# %% ../nbs/60_data.ipynb #60_data069
 def _aircraft_root(path: Path) -> Path:
     return next((p for p in (path / "fgvc-aircraft-2013b" / "data", path / "data", path) if (p / "images").is_dir()), path / "data")
 
@@ -659,7 +697,7 @@ def aircraft_table(
     table["file"] = [(path.relative_to(root) / "images" / f).as_posix() for f in table.file]
     return _resplit(table, valid_pct, seed)
 
-# %% ../nbs/60_data.ipynb #60_data067
+# %% ../nbs/60_data.ipynb #60_data071
 _CARS = ("Stanford Cars is no longer at its source: put cars_train/ and cars_test/ into the folder, cars_meta.mat and cars_train_annos.mat "
          "into its devkit/, and cars_test_annos_withlabels.mat beside them; or car_ims/ with cars_annos.mat")
 
@@ -690,7 +728,7 @@ def cars_table(
     table = pd.DataFrame([(file, str(names[k - 1]).replace("/", "-"), split, box(r)) for file, k, split, r in records], columns=["file", "label", "split", "box"])
     return _resplit(table, valid_pct, seed)
 
-# %% ../nbs/60_data.ipynb #60_data068
+# %% ../nbs/60_data.ipynb #60_data072
 @patch(cls_method=True)
 @delegates(FocusDataLoaders.from_table, but=["table"])
 def from_cub(cls: FocusDataLoaders,
@@ -735,7 +773,7 @@ def from_cars(cls: FocusDataLoaders,
     _need([root / folder for folder in sorted({file.split("/")[0] for file in table.file})], _CARS)
     return cls.from_table(table, root, **kwargs)
 
-# %% ../nbs/60_data.ipynb #60_data072
+# %% ../nbs/60_data.ipynb #60_data076
 def loader_speed(
     dls: DataLoaders,
     workers: tuple[int, ...] = (0, 1, 2),   # processes to try; 0 loads in the training process itself

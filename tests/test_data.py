@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.io import loadmat, savemat
 from torchvision.io import ImageReadMode, decode_gif, decode_image, read_file
 
-from fd_focus.data import (DataWarning, FocusDataLoaders, aircraft_table, bad_images, cars_table, check_images, csv_table, cub_table, duplicate_images,
+from fd_focus.data import (DataWarning, FocusDataLoaders, ReducedPictures, aircraft_table, bad_images, cars_table, check_images, csv_table, cub_table, duplicate_images,
                            folder_table, open_image)
 
 
@@ -434,3 +434,28 @@ def test_pictures_are_not_kept_in_memory(tmp_path):
         for _ in dls.train: pass
         peaks.append(peak())
     assert peaks[1] - peaks[0] < 40, peaks
+
+
+def test_kept_pictures_are_bounded_and_never_stale(tmp_path, monkeypatch):
+    files, keep = [tmp_path / f"{i}.jpg" for i in range(40)], tmp_path / "kept"
+    for i, file in enumerate(files): photograph(i, (320, 240)).save(file, quality=95)
+    kept = ReducedPictures(keep, min_side=60)
+    first = [np.asarray(kept(file)).astype(int) for file in files[:4]]
+    assert len(list(keep.iterdir())) == 4 and first[0].shape == (60, 80, 3)
+    opened = []
+    import fd_focus.data
+    decode = fd_focus.data._decode
+    monkeypatch.setattr(fd_focus.data, "_decode", lambda file, *args: opened.append(file) or decode(file, *args))
+    assert all(np.abs(np.asarray(kept(file)) - pixels).mean() < 2 for file, pixels in zip(files, first)) and not set(opened) & set(files)
+    photograph(99, (320, 240)).save(files[0], quality=94)                       # changed: decoded anew
+    assert np.abs(np.asarray(kept(files[0])) - first[0]).mean() > 5
+    for place in keep.iterdir(): place.write_text("damaged")                    # damaged: decoded anew
+    assert np.abs(np.asarray(kept(files[1])) - first[1]).mean() < 2
+    photograph(5, (100, 100)).save(tmp_path / "small.jpg")                      # small: not kept
+    before = len(list(keep.iterdir()))
+    kept(tmp_path / "small.jpg")
+    assert len(list(keep.iterdir())) == before
+    bounded = ReducedPictures(tmp_path / "bounded", min_side=60, gigabytes=1e-5)     # 10 kB: looked at after every 16 pictures
+    for file in files: bounded(file)
+    assert 10_000 <= bounded.used() < 10_000 + 16 * 8_000
+    with pytest.raises(ValueError, match="cannot be read as a picture"): (tmp_path / "bad.jpg").write_text("x"); kept(tmp_path / "bad.jpg")
