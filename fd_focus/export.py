@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'preparation', 'save_focus', 'write_card', 'check_config', 'push_to_hub', 'load_focus', 'FocusPipeline',
-           'export_model', 'run_exported', 'Parity', 'check_parity', 'toy_images']
+           'export_model', 'run_exported', 'Parity', 'check_parity', 'toy_images', 'fold_batch_norm']
 
 # %% ../nbs/90_export.ipynb #90_export003
 import contextlib
+import copy
 import hashlib
 import inspect
 import json
@@ -29,11 +30,13 @@ from fastai.vision.core import ToTensor
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
 
+from .checkpoint import put
 from .learner import FocusLearner
 from .model import FocusNet, PlainNet
 from .regions import _pair
-from .run import _put, versions
+from .run import versions
 from .toy import ToyBirds
 
 # %% ../nbs/90_export.ipynb #90_export011
@@ -90,9 +93,9 @@ def save_focus(
     if isinstance(net, FocusNet): config |= (arguments := _arguments(net)) | dict(arguments=list(arguments))
     check_config(config, folder / "config.json")
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
-    _put(folder / "model.safetensors", lambda p: save_file(state, p))
+    put(folder / "model.safetensors", lambda p: save_file(state, p))
     config["sha256"] = _sha256(folder / "model.safetensors")
-    _put(folder / "config.json", lambda p: p.write_text(json.dumps(config, indent=1)))
+    put(folder / "config.json", lambda p: p.write_text(json.dumps(config, indent=1)))
     write_card(folder, picture)
     return folder
 
@@ -134,7 +137,7 @@ def write_card(
     "Write `README.md` from `config.json`: what it is, its accuracy, classes and recipe, how to load it."
     folder = Path(folder)
     config = json.loads((folder / "config.json").read_text())
-    if picture is not None: _put(folder / "regions.png", lambda p: shutil.copyfile(picture, p))
+    if picture is not None: put(folder / "regions.png", lambda p: shutil.copyfile(picture, p))
     shown = (folder / "regions.png").is_file()
     accuracy = config.get("metrics", {}).get("accuracy")
     what = "The plain backbone" if config.get("plain") else "Attention, regions and zooms around one body (*Learning to Focus and Discriminate*)"
@@ -144,7 +147,7 @@ def write_card(
                         picture="\n![Regions and attention](regions.png)\n" if shown else "",
                         classes="\n".join(name.replace("`", "'") for name in config["classes"]),
                         recipe=f"\n## Recipe\n\n| setting | value |\n|---|---|\n{rows}\n" if rows else "")
-    _put(folder / "README.md", lambda p: p.write_text(text))
+    put(folder / "README.md", lambda p: p.write_text(text))
     return folder / "README.md"
 
 # %% ../nbs/90_export.ipynb #90_export019
@@ -324,14 +327,14 @@ def export_model(
     with _quiet(), torch.no_grad():
         if format == "torch-export":
             program = torch.export.export(pipeline, (example,), dynamic_shapes=dynamic)
-            _put(file, lambda part: torch.export.save(program, part, extra_files=about))
+            put(file, lambda part: torch.export.save(program, part, extra_files=about))
             return file
         try: import onnx, onnxscript    # noqa: F401
         except ImportError as error: raise ValueError(f"exporting to ONNX needs {error.name}: pip install 'fd_focus[export]'") from None
         program = torch.onnx.export(pipeline, (example,), dynamo=True, external_data=False, opset_version=opset, dynamic_shapes=dynamic,
                                     input_names=["image"], output_names=list(pipeline.outputs), verbose=False)
     program.model.metadata_props.update(about)
-    _put(file, lambda part: program.save(part, external_data=False))
+    put(file, lambda part: program.save(part, external_data=False))
     return file
 
 # %% ../nbs/90_export.ipynb #90_export032
@@ -410,3 +413,18 @@ def toy_images(size: tuple[int, int], n: int = 64) -> Tensor:
     "(n,3,H,W) toy birds from 0 to 1, squashed to `size`."
     birds = ToyBirds("test", images_per_class=n, n_classes=2, image_size=max(size))
     return torch.stack([torch.from_numpy(np.array(birds[i][0].resize(size[::-1]))).permute(2, 0, 1) for i in range(n)]).float() / 255
+
+# %% ../nbs/90_export.ipynb #90_export051
+@torch.no_grad()
+def fold_batch_norm(
+    net: FocusNet | PlainNet,    # in eval mode
+) -> FocusNet | PlainNet:        # a copy, for eval mode alone
+    "Fold the body's batch norms into the convolutions before them, where the body can be traced."
+    net = copy.deepcopy(net).eval()
+    example = torch.rand(2, 3, *net.image_size, device=next(net.parameters()).device)
+    try:
+        with _quiet(): body = fuse(net.body)
+        before, after = net.body(example), body(example)
+    except Exception: return net    # whatever a tracer cannot follow
+    if torch.allclose(before, after, rtol=1e-3, atol=1e-4 * float(before.abs().max())): net.body = body
+    return net

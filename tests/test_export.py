@@ -13,7 +13,7 @@ from PIL import Image
 
 from fd_focus.cli import fd_focus_export
 from fd_focus.data import FocusDataLoaders
-from fd_focus.export import FocusPipeline, check_parity, export_model, load_focus, push_to_hub, run_exported, save_focus, toy_images, write_card
+from fd_focus.export import FocusPipeline, check_parity, export_model, fold_batch_norm, load_focus, push_to_hub, run_exported, save_focus, toy_images, write_card
 from fd_focus.learner import focus_learner
 from fd_focus.model import FocusNet, PlainNet, toy_resnet
 from fd_focus.predict import FocusClassifier
@@ -377,3 +377,27 @@ def test_command_keeps_no_graph_that_differs(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(fd_focus.export, "run_exported", lambda file: (lambda image, run=run_exported(file): (out := run(image)) | dict(probabilities=out["probabilities"].roll(1, 1))))
     with pytest.raises(SystemExit) as end: fd_focus_export(model=str(saved), out=str(tmp_path / "model.onnx"), n=4)
     assert "does not answer as PyTorch does: 4 pictures: 0 with the same class" in end.value.code and not list(tmp_path.iterdir())
+
+
+# Faster answers
+
+@pytest.mark.parametrize("arch,left", [("toy_resnet", 0), pytest.param("mobilenet_v2", 0, marks=pytest.mark.slow), pytest.param("densenet121", 62, marks=pytest.mark.slow)])
+def test_folding_changes_no_answer(tmp_path, arch, left):
+    "Where a batch norm follows a convolution it is folded; DenseNet's come before theirs and stay."
+    torch.manual_seed(0)
+    net = shaken(FocusNet.from_arch(arch, 3, pretrained=False, image_size=96, m=4, l=2))
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    folded, x = fold_batch_norm(net), torch.rand(2, 3, 96, 96)
+    count = lambda net: sum(isinstance(module, torch.nn.BatchNorm2d) for module in net.modules())
+    assert count(net) > count(folded) == left
+    with torch.no_grad(): ours, theirs = net.focus(x), folded.focus(x)
+    assert torch.allclose(ours.answer.softmax(1), theirs.answer.softmax(1), atol=1e-4) and torch.equal(ours.boxes, theirs.boxes)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())     # the original is as it was
+
+
+def test_folding_leaves_what_it_cannot_trace():
+    class Odd(torch.nn.Module):
+        def __init__(self): super().__init__(); self.conv, self.norm = torch.nn.Conv2d(3, 8, 3, 4), torch.nn.BatchNorm2d(8)
+        def forward(self, x): return self.norm(self.conv(x)) if float(x.mean()) > -1e9 else x
+    net = fold_batch_norm(FocusNet(Odd(), 3, image_size=64))
+    assert isinstance(net.body, Odd) and net(torch.rand(1, 3, 64, 64)).shape == (1, 3)
