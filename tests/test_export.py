@@ -168,7 +168,10 @@ def test_planted_pickles_do_not_run(folder, tmp_path, monkeypatch):
     for name in ("config.py", "model.py", "modeling_fd_focus.py", "__init__.py", "sitecustomize.py", "toy_resnet.py", "json.py"):
         (folder / name).write_text(f"open({str(mark)!r}, 'w')")
     def refuse(*args, **kwargs): raise AssertionError("a pickle was opened")
-    for name in ("load", "loads", "Unpickler"): monkeypatch.setattr(pickle, name, refuse)
+    class Refuse(pickle.Unpickler):                        # libraries subclass it when they are imported
+        __init__ = load = refuse
+    for name, value in dict(load=refuse, loads=refuse, Unpickler=Refuse).items(): monkeypatch.setattr(pickle, name, value)
+    with pytest.raises(AssertionError, match="a pickle was opened"): pickle.Unpickler(io.BytesIO(bomb))
     monkeypatch.setattr(torch, "load", refuse)
     monkeypatch.chdir(folder)                              # nor is anything imported from there
     assert load_focus(folder).classes and load_focus(".").classes
