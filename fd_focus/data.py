@@ -329,8 +329,10 @@ class _Reader:
 
 class _ToyOrFile:
     "Draws toy items, opens anything else, so that `learn.predict` takes photographs."
-    def __init__(self, reader, min_side): self.reader, self.min_side = reader, min_side
-    def __call__(self, item): return PILImage.create(self.reader(item)) if isinstance(item, ToyItem) else open_image(item, self.min_side)
+    def __init__(self, reader, side): self.reader, self.side = reader, side
+    def __call__(self, item):
+        if isinstance(item, ToyItem): return PILImage.create(self.reader(item))      # drawn at this size: nothing to resize, epoch after epoch
+        return PILImage.create(open_image(item, self.side).resize((self.side, self.side), Image.BILINEAR, reducing_gap=2))
 
 class _Labels:
     "Item to label by look-up."
@@ -481,7 +483,7 @@ class FocusDataLoaders(DataLoaders):
                                   box=[t.box for t in truths], parts=[t.parts for t in truths], marked=[t.marked for t in truths]))
         block = DataBlock((ImageBlock, CategoryBlock(vocab=sorted(table.label.unique()))), get_x=_ToyOrFile(reader, image_size), get_y=labeller,
                           splitter=IndexSplitter(np.flatnonzero(table.split == "valid")),
-                          item_tfms=[Resize(image_size, method=ResizeMethod.Squish), FlipItem()], batch_tfms=batch_tfms)
+                          item_tfms=FlipItem(), batch_tfms=batch_tfms)
         dls = cls._of(block.dataloaders(items, bs=bs, num_workers=num_workers), table, image_size)
         dls.min_side = image_size
         return dls

@@ -22,7 +22,6 @@ from typing import get_args
 import pandas as pd
 import torch
 import yaml
-from fastai.callback.channelslast import *   # noqa: F403 -- patches to_channelslast into Learner
 from fastai.callback.core import Callback
 from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.torch_core import num_distrib, rank_distrib, set_seed
@@ -32,6 +31,7 @@ from .data import FocusDataLoaders
 from .learner import FocusLearner, ImageFirst, look, focus_learner, history, to_pixels
 from .loss import FocusLoss
 from .plot import plot_curves, plot_focus
+from .speed import speed_up
 
 # %% ../nbs/72_run.ipynb #72_run006
 @dataclass(frozen=True)
@@ -77,6 +77,11 @@ class Settings:
     mark_size: float = 1.           # toy
     clutter: float = .5             # toy
     workers: int = 0                # processes that load pictures
+    channels_last: bool = True      # memory layout; these five: see `speed_up`
+    amp: str = "auto"               # precision: 'fp32', 'bf16', or 'auto' for bf16 on a GPU that has it
+    compile_body: bool = False      # torch.compile of the body, in training
+    checkpointing: bool = False     # less memory for a third more time
+    accumulate: int = 1             # batches to one step of the optimiser
     early_stop: int = 0             # stop after so many epochs without a better validation accuracy; 0: never
     keep_best: bool = False         # end with the weights of the epoch with the best validation accuracy
     log: str | None = None          # tell 'tensorboard' or 'wandb' what happens
@@ -153,7 +158,7 @@ def make_learner(settings: Settings) -> FocusLearner:
                           image_size=s.image_size, loss_func=FocusLoss(s.image_weight, s.region_weight, s.hybrid_weight, s.label_smoothing),
                           cbs=[ImageFirst(s.image_first)] if s.image_first else None, net_kwargs=None if s.plain else {k: getattr(s, k) for k in NET_SETTINGS})
     learn.unfreeze()
-    return learn.to_channelslast(use_amp=False)    # a third to a half faster on a CPU
+    return speed_up(learn, s.channels_last, s.amp, s.compile_body, s.checkpointing, s.accumulate)
 
 def body_lr(settings: Settings) -> float:
     "The body's learning rate, as a share of the heads'."

@@ -1,0 +1,187 @@
+"Locating goes into one graph, the step waits for no device, and options leave nothing behind."
+import contextlib
+import warnings
+
+import pytest
+import torch
+from fastai.callback.core import Callback
+
+from fd_focus.attention import attention_map
+from fd_focus.data import FocusDataLoaders
+from fd_focus.learner import focus_learner
+from fd_focus.loss import FocusLoss
+from fd_focus.model import FocusNet, toy_resnet
+from fd_focus.regions import propose_from_table, region_grid, suppression_table
+from fd_focus.speed import BFloat16, CompileBody, FusedAdam, body_segments, speed_up
+from fd_focus.zoom import zoom
+
+
+class Locate(torch.nn.Module):
+    "Attention, selection and zoom as one module."
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("grid", region_grid(96, 6, 34))
+        self.register_buffer("table", suppression_table(self.grid))
+
+    def forward(self, images, features, weight):
+        boxes = self.grid[propose_from_table(attention_map(features, weight), self.table, 6)]
+        return boxes, zoom(images, boxes, 48, 34)
+
+
+def inputs(batch):
+    generator = torch.Generator().manual_seed(batch)
+    return (torch.rand(batch, 3, 96, 96, generator=generator), torch.randn(batch, 16, 6, 6, generator=generator), torch.randn(40, 16, generator=generator))
+
+
+def test_compiles_as_one_graph():
+    "fullgraph=True raises where anything would leave the graph: a branch or a loop that depends on data, NumPy, a Python object."
+    torch._dynamo.reset()
+    located = torch.compile(Locate(), fullgraph=True, backend="aot_eager")(*inputs(3))
+    for ours, expected in zip(located, Locate()(*inputs(3))): torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+
+
+def test_fullgraph_would_notice():
+    def host(x): return x * 2 if x.max().item() > .5 else x
+    torch._dynamo.reset()
+    with pytest.raises(Exception): torch.compile(host, fullgraph=True, backend="aot_eager")(torch.rand(3))
+
+
+def test_exports_with_a_free_batch():
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(Locate(), inputs(3), dynamic_shapes=({0: batch}, {0: batch}, None))
+    for size in (2, 5):
+        for ours, expected in zip(program.module()(*inputs(size)), Locate()(*inputs(size))): torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+
+
+class HostReads(torch.overrides.TorchFunctionMode):
+    "Counts what would make the host wait for a device."
+    names = {"item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero"}
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in self.names: self.seen.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_step_reads_nothing_on_the_host(monkeypatch):
+    "On a CPU, selection reads the tensor's memory through NumPy, which costs no wait; the form for devices is taken here."
+    import fd_focus.regions as regions
+    monkeypatch.setattr(regions, "_numpy_can", lambda scores: False)
+    net, loss_func = FocusNet(toy_resnet(), 5, image_size=96).train(), FocusLoss()
+    opt = FusedAdam([list(net.parameters())], lr=1e-3)
+    x, y = torch.rand(4, 3, 128, 128), torch.tensor([0, 1, 2, 3])             # larger than image_size: boxes are scaled
+    with HostReads() as reads:
+        loss_func(net(x), y).backward()
+    assert reads.seen == []
+    opt.step()
+    with HostReads() as reads: float(x.sum())
+    assert reads.seen                                                        # the counter counts
+
+
+@pytest.fixture(scope="module")
+def dls():
+    return FocusDataLoaders.from_toy(images_per_class=8, valid_per_class=3, n_classes=4, image_size=64, bs=16)
+
+
+@contextlib.contextmanager
+def quiet(learn):
+    with learn.no_bar(), learn.no_logging(): yield
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_training_waits_once_an_epoch(dls):
+    "Synchronisations between the first batch and the last of an epoch, counted by PyTorch."
+    class Count(Callback):
+        order = 100
+        def after_batch(self):
+            if self.training and self.iter == 0: torch.cuda.set_sync_debug_mode("warn")
+        def before_batch(self):
+            if self.training: torch.cuda.set_sync_debug_mode("warn")
+        def after_pred(self): pass
+        def after_step(self): torch.cuda.set_sync_debug_mode("default")        # the loader's copy to the device is not the step's
+    learn = focus_learner(dls, "toy_resnet", pretrained=False, opt_func=FusedAdam, cbs=[Count()])
+    learn.dls.cuda(); learn.model.cuda()
+    with quiet(learn), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        learn.fit(2, 1e-3)
+    torch.cuda.set_sync_debug_mode("default")
+    assert [str(w.message) for w in caught if "synchroniz" in str(w.message)] == []
+
+
+def test_bfloat16_is_left_after_an_error(dls):
+    class Break(Callback):
+        order = 11
+        def after_pred(self): raise RuntimeError("broken")
+    class BreakInside(Callback):
+        def before_batch(self): self.learn.xb = ()
+    for broken, error in ((Break, RuntimeError), (BreakInside, TypeError)):
+        learn = focus_learner(dls, "toy_resnet", pretrained=False, cbs=[BFloat16(), broken()])
+        with quiet(learn), pytest.raises(error): learn.fit(1, 1e-3)
+        assert not torch.is_autocast_enabled("cpu") and "forward" not in vars(learn.model)
+        with torch.no_grad(): assert learn.model.eval()(torch.rand(2, 3, 64, 64)).dtype == torch.float32
+
+
+def test_attention_is_float32_under_bfloat16(dls, monkeypatch):
+    import fd_focus.model as model
+    seen, whole = [], model.propose_from_table
+    monkeypatch.setattr(model, "propose_from_table", lambda attention, *args: (seen.append(attention.dtype), whole(attention, *args))[1])
+    learn = speed_up(focus_learner(dls, "toy_resnet", pretrained=False), amp="bf16")
+    with quiet(learn): learn.fit(1, 1e-3)
+    assert seen and set(seen) == {torch.float32}
+
+
+def test_options_leave_the_body_as_it_was(dls):
+    learn = focus_learner(dls, "toy_resnet", pretrained=False)
+    names, forward = list(learn.model.state_dict()), learn.model.body.forward
+    speed_up(learn, checkpointing=True)
+    with quiet(learn): learn.fit(1, 1e-3)
+    assert learn.model.body.forward == forward and list(learn.model.state_dict()) == names
+
+
+def test_speed_up_replaces_an_earlier_choice(dls):
+    learn = focus_learner(dls, "toy_resnet", pretrained=False)
+    kinds = lambda: [type(cb).__name__ for cb in learn.cbs]
+    speed_up(speed_up(learn, amp="bf16", accumulate=2), amp="bf16")
+    assert kinds().count("BFloat16") == 1 and "GradientAccumulation" not in kinds()
+    speed_up(learn)
+    assert "BFloat16" not in kinds()
+
+
+def test_compile_asks_for_a_compiler_before_training(dls, monkeypatch):
+    import fd_focus.speed as speed
+    if torch.cuda.is_available(): pytest.skip("a GPU needs none")
+    monkeypatch.setattr(speed.shutil, "which", lambda name: None)
+    learn = focus_learner(dls, "toy_resnet", pretrained=False, cbs=[CompileBody()])
+    with quiet(learn), pytest.raises(RuntimeError, match="install g\\+\\+ or clang\\+\\+"): learn.fit(1, 1e-3)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v2", "squeezenet1_1", "vgg11_bn", "densenet121", "convnext_tiny"])
+def test_segments_are_the_whole_body_in_order(arch):
+    from fd_focus.model import create_body
+    body = create_body(arch, pretrained=False)[0]
+    assert sum(len(list(unit.parameters())) for segment in body_segments(body) for unit in segment) == len(list(body.parameters()))
+    body.eval()
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        expected, out = body(x.clone()), x.clone()
+        for segment in body_segments(body):
+            start = out.clone()
+            held = out
+            for unit in segment: out = unit(out)
+            torch.testing.assert_close(held, start)                          # a border that is overwritten could not be computed from again
+    torch.testing.assert_close(out, expected)
+
+
+def test_settings_choose_the_options():
+    from fd_focus.run import Settings, make_learner
+    base = dict(data="toy", arch="toy_resnet", image_size=64, epochs=1, bs=16, images_per_class=4, n_classes=4)
+    kinds = lambda **options: {type(cb).__name__ for cb in make_learner(Settings(**base, **options)).cbs}
+    assert "ChannelsLast" in kinds()
+    assert {"BFloat16", "CheckpointBody", "GradientAccumulation"} <= kinds(amp="bf16", checkpointing=True, accumulate=2)
+    assert "CompileBody" in kinds(compile_body=True) and "ChannelsLast" not in kinds(channels_last=False)
+    for options, message in ((dict(amp="fp8"), "amp='fp8' is none of"), (dict(accumulate=0), "accumulate=0; use a whole number"),
+                             (dict(compile_body=True, checkpointing=True), "exclude each other")):
+        with pytest.raises(ValueError, match=message): make_learner(Settings(**base, **options))
