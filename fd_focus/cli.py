@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['fd_focus_train', 'fd_focus_compare', 'compare_runs', 'fd_focus_experiment', 'fd_focus_predict', 'fd_focus_export',
-           'fd_focus_bench']
+           'fd_focus_bench', 'fd_focus_app']
 
 # %% ../nbs/95_cli.ipynb #95_cli003
 import os
@@ -298,3 +298,31 @@ def _bench(out, only, quick, device, repeats, threads):
     warnings.filterwarnings("ignore")
     from fd_focus.bench import bench, report
     print(report(bench(out, only.split(",") if only else None, quick, device, repeats, threads, say=lambda line: print(line, flush=True))))
+
+# %% ../nbs/95_cli.ipynb #95_cli071
+@call_parse
+def fd_focus_app(
+    model: str,               # model folder (pictures in its examples/ are offered), or owner/name on the Hugging Face hub
+    host: str = "127.0.0.1",  # address to listen on; 0.0.0.0 lets in whoever reaches this machine
+    port: int = None,         # the first free one from 7860 on
+    max_mb: float = 20.,      # largest upload, megabytes
+    device: str = None,       # cpu, cuda, cuda:1, mps; a GPU where there is one
+    open_browser: store_true = False,  # show the page at once
+):
+    "Serve a page that names what is on a photograph, says how sure it is, and shows where it looked."
+    _explain(lambda: _serve(model, host, port, max_mb, device, open_browser))
+
+def _serve(model, host, port, max_mb, device, open_browser):
+    import warnings
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    import matplotlib
+    matplotlib.use("agg")
+    from fd_focus.app import build_app, example_files, launch_app
+    from fd_focus.predict import FocusClassifier
+    try: app = build_app(FocusClassifier.load(model, device), example_files(model))
+    except (ModuleNotFoundError, RuntimeError) as error: sys.exit(f"fd_focus: {str(error).splitlines()[0]}")     # no gradio; no such device
+    url = launch_app(app, host, port, max_mb, open_browser)
+    print(f"fd_focus: the app of {model} is at {url} (Ctrl-C ends it)", flush=True)
+    if host not in ("127.0.0.1", "localhost", "::1"): print(f"fd_focus: it listens on {host}: whoever reaches this machine can use it", flush=True)
+    app.block_thread()

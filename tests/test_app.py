@@ -1,0 +1,287 @@
+"The app in a real browser, its handler with every kind of picture, and the notebook widget."
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fd_focus.app import about, attempt, build_app, draw_heat, example_files, explain, fit, focus_widget, launch_app
+from fd_focus.cli import fd_focus_app
+from fd_focus.data import FocusDataLoaders
+from fd_focus.export import save_focus
+from fd_focus.learner import focus_learner
+from fd_focus.predict import FocusClassifier
+from fd_focus.toy import ToyBirds
+
+CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory): return tmp_path_factory.mktemp("app")
+
+
+@pytest.fixture(scope="module")
+def folder(place):
+    "A model folder of three kinds of toy birds with shaken heads, a temperature, a threshold and two examples."
+    drawn = ToyBirds(images_per_class=4, n_classes=3, image_size=64)
+    for i in range(len(drawn)):
+        (place / "birds" / drawn.classes[drawn.label(i)]).mkdir(parents=True, exist_ok=True)
+        drawn[i][0].save(place / "birds" / drawn.classes[drawn.label(i)] / f"{i:02d}.png")
+    dls = FocusDataLoaders.from_folder(place / "birds", image_size=64, bs=2, num_workers=0)
+    learn = focus_learner(dls, "toy_resnet", pretrained=False)
+    torch.manual_seed(0)
+    for name, tensor in learn.model.state_dict().items():
+        if "head" in name: tensor.normal_(0, .3)
+    save_focus(learn, place / "model", "toy_resnet", metrics=dict(accuracy=.5), temperature=1.5, threshold=.35)
+    (place / "model" / "examples").mkdir()
+    for i in (0, 5): bird(i).save(place / "model" / "examples" / f"bird{i}.jpg")
+    return place / "model"
+
+
+def bird(i=0, size=240): return ToyBirds("test", n_classes=3, image_size=size)[i][0]
+
+
+@pytest.fixture(scope="module")
+def classifier(folder): return FocusClassifier.load(folder, "cpu")
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def page(folder, place):
+    "Where `fd_focus_app` listens, started as a user does; ends with Ctrl-C."
+    pytest.importorskip("gradio", reason="gradio is not installed: pip install 'fd_focus[app]'")
+    script, port, log = place / "app.py", free_port(), place / "app.log"
+    script.write_text("from fd_focus.cli import fd_focus_app\nfd_focus_app()\n")
+    environment = os.environ | dict(CUDA_VISIBLE_DEVICES="", GRADIO_TEMP_DIR=str(place / "uploads"))
+    with open(log, "w") as out:
+        process = subprocess.Popen([sys.executable, script, folder, "--port", str(port), "--max_mb", "1"], stdout=out, stderr=out, env=environment)
+    deadline = time.time() + 300
+    while "Ctrl-C ends it" not in log.read_text():
+        assert process.poll() is None and time.time() < deadline, log.read_text()
+        time.sleep(.2)
+    yield f"http://127.0.0.1:{port}"
+    process.send_signal(signal.SIGINT)
+    process.wait(20)
+    assert "Traceback" not in log.read_text()
+
+
+@pytest.fixture(scope="module")
+def browser(page, place):
+    "Headless Chromium with the page loaded."
+    if not (CHROMIUM and DRIVER): pytest.skip("chromium and chromedriver are not installed")
+    pytest.importorskip("selenium")
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking", "disable-component-update",
+                 "disable-sync", "window-size=1280,1000", f"user-data-dir={place / 'profile'}"): options.add_argument(f"--{flag}")
+    driver = webdriver.Chrome(options, Service(DRIVER))
+    driver.set_script_timeout(30)
+    driver.get(page)
+    yield driver
+    driver.quit()
+
+
+def wait(browser, condition, what, seconds=30):
+    "The first truthy answer of a condition; a failure says what was waited for and what the page says."
+    from selenium.common.exceptions import StaleElementReferenceException
+    deadline = time.time() + seconds
+    while time.time() < deadline:
+        try:
+            if answer := condition(): return answer
+        except StaleElementReferenceException: pass
+        time.sleep(.1)
+    raise AssertionError(f"waited in vain for {what}; the page says: {browser.find_element('tag name', 'body').text[:500]}")
+
+
+def find(browser, css): return browser.find_elements("css selector", css)
+
+
+def upload(browser, file):
+    "Choose a file as a person would, over whatever is shown."
+    wait(browser, lambda: find(browser, "#photo input[type=file]"), "the page")
+    clear(browser)
+    wait(browser, lambda: find(browser, "#photo input[type=file]"), "the place to drop a picture")[0].send_keys(str(file))
+
+
+def clear(browser):
+    for button in find(browser, '#photo button[aria-label="Remove Image"]'): button.click()
+    wait(browser, lambda: find(browser, "#answer") and not answer(browser), "an empty page")
+
+
+def loaded(browser, css):
+    "How many pictures have arrived, have pixels and are shown."
+    return browser.execute_script("return [...document.querySelectorAll(arguments[0])].filter(e => e.complete && e.naturalWidth > 40 && e.offsetWidth > 40).length", css)
+
+
+def answer(browser): return next((card.get_attribute("data-label") for card in find(browser, "#answer .fd-answer")), None)
+
+
+def test_a_picture_gets_its_answer(browser, classifier, place):
+    bird(3).save(place / "mine.png")
+    want = classifier.predict(place / "mine.png")
+    upload(browser, place / "mine.png")
+    wait(browser, lambda: answer(browser) == want.label, want.label)
+    wait(browser, lambda: loaded(browser, "#answer img") == 2 + len(want.boxes), "regions, attention and zooms")
+    text = find(browser, "#answer")[0].text
+    assert f"{100 * want.probability:.0f} %" in text and ("35 %" in text)
+    assert all(name in text for name, _ in want.top5)
+    assert find(browser, "#answer .fd-answer")[0].get_attribute("data-verdict") == ("sure" if want.sure else "doubt")
+    if where := os.environ.get("FD_FOCUS_SCREENSHOT"):
+        browser.set_window_size(1280, 1000)
+        time.sleep(1)
+        browser.save_screenshot(where)
+
+
+def test_a_text_gets_a_friendly_word(browser, place):
+    (place / "notes.txt").write_text("saw a wren today")
+    upload(browser, place / "notes.txt")
+    wait(browser, lambda: "notes.txt is no picture I can read" in find(browser, "#answer")[0].text, "the message")
+    text = find(browser, "body")[0].text
+    assert str(place) not in text and "Traceback" not in text and "Error" not in text
+    assert not loaded(browser, "#answer img")
+    wait(browser, lambda: not find(browser, "#photo img"), "room for the next file")
+    if where := os.environ.get("FD_FOCUS_SCREENSHOT"): browser.save_screenshot(where.replace(".png", "_text.png"))
+
+
+def test_a_dropped_text_too(browser):
+    browser.execute_script("""const files = new DataTransfer(); files.items.add(new File(["saw a wren"], "dropped.md", {type: "text/markdown"}));
+        document.querySelector("#photo button[aria-label^='Drop an image']").dispatchEvent(new DragEvent("drop", {bubbles: true, cancelable: true, dataTransfer: files}))""")
+    wait(browser, lambda: "dropped.md is no picture I can read" in find(browser, "#answer")[0].text, "the message")
+
+
+def test_after_a_bad_file_an_example_works(browser, classifier, folder):
+    examples = wait(browser, lambda: find(browser, ".gallery-item"), "the examples")
+    assert len(examples) == 2
+    examples[1].click()
+    want = classifier.predict(example_files(folder)[1])
+    wait(browser, lambda: answer(browser) == want.label and loaded(browser, "#answer img") == 2 + len(want.boxes), want.label)
+
+
+def test_too_large_says_so(browser, place):
+    (place / "big.png").write_bytes(bytes(2 * 2**20))
+    upload(browser, place / "big.png")
+    wait(browser, lambda: "exceed the maximum allowed size of 1.0 Mb" in find(browser, "body")[0].text, "the message")
+
+
+def test_the_page_asks_nobody_else(browser, page):
+    asked = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
+    assert len(asked) > 5
+    assert [name for name in asked if not name.startswith((page, "data:", "blob:"))] == []
+
+
+def test_a_file_that_is_too_large_is_refused(page):
+    boundary = "x1y2z3"
+    def send(size):
+        body = f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\nContent-Type: image/png\r\n\r\n'.encode() + bytes(size) + f"\r\n--{boundary}--\r\n".encode()
+        request = urllib.request.Request(f"{page}/gradio_api/upload", body, {"Content-Type": f"multipart/form-data; boundary={boundary}"})
+        return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=20)
+    assert send(1000).status == 200
+    with pytest.raises(urllib.error.HTTPError) as refused: send(2 * 2**20)
+    assert refused.value.code == 413 and b"exceeded" in refused.value.read()
+
+
+def test_it_listens_on_this_machine_alone(page):
+    if not Path("/proc/net/tcp").is_file(): pytest.skip("no /proc/net/tcp to look at")
+    port = f"{int(page.rsplit(':')[-1]):04X}"
+    rows = [line.split() for file in ("tcp", "tcp6") if Path(f"/proc/net/{file}").is_file() for line in Path(f"/proc/net/{file}").read_text().splitlines()[1:]]
+    assert [row[1] for row in rows if row[3] == "0A" and row[1].endswith(f":{port}")] == [f"0100007F:{port}"]
+
+
+@pytest.mark.parametrize("make", [
+    lambda i: i.convert("L"), lambda i: i.convert("RGBA"), lambda i: i.convert("P"), lambda i: i.resize((3000, 40)), lambda i: i.resize((1, 1)),
+    lambda i: Image.fromarray((np.asarray(i.convert("L")).astype(np.uint16) * 257))], ids=["grey", "alpha", "palette", "long", "dot", "16 bit"])
+def test_any_picture(classifier, tmp_path, make):
+    make(bird()).save(tmp_path / "x.png")
+    card, found = attempt(classifier, tmp_path / "x.png", "x.png")
+    assert found.prediction.label in card
+    assert found.regions.size == found.attention.size and max(found.regions.size) == 640 and len(found.zooms) == len(found.prediction.boxes)
+
+
+def test_a_turned_photograph_is_upright(classifier, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    bird().resize((240, 160)).save(tmp_path / "x.jpg", exif=exif)
+    assert explain(classifier, tmp_path / "x.jpg").regions.size == (427, 640)
+
+
+def test_heat_lies_over_the_view(classifier):
+    "A model that sees the centre alone: the map is drawn there, and the rest is dark."
+    found = classifier.predict(bird())
+    found = replace(found, view=torch.tensor([60., 60., 180., 180.]), attention=torch.ones(6, 6).triu())
+    drawn = np.asarray(draw_heat(Image.new("RGB", (240, 240), "white"), found, 1.))
+    assert (drawn[:60] == 127).all() and (drawn[:, 180:] == 127).all()
+    inside = drawn[60:180, 60:180].astype(int).sum(2)
+    assert inside[5, -5] > 500 and inside[-5, 5] < 50
+
+
+def test_plain_model_and_its_words(place, classifier):
+    pytest.importorskip("gradio", reason="gradio is not installed: pip install 'fd_focus[app]'")
+    dls = FocusDataLoaders.from_folder(place / "birds", image_size=64, bs=2, num_workers=0)
+    save_focus(focus_learner(dls, "toy_resnet", pretrained=False, plain=True), place / "plain", "toy_resnet")
+    bird().save(place / "plain.png")
+    plain = FocusClassifier.load(place / "plain", "cpu")
+    text, _ = build_app(plain).ask(str(place / "plain.png"))
+    assert "has no regions to show" in text and "Nobody chose a limit" in text and "not calibrated" in text
+    assert text.count("<img") == 1 and "What the network saw" in text
+    assert "plain backbone" in about(plain) and "temperature 1.50" in about(classifier)
+
+
+def test_widget(classifier, tmp_path):
+    pytest.importorskip("ipywidgets", reason="ipywidgets is not installed: pip install 'fd_focus[app]'")
+    bird().save(tmp_path / "x.png")
+    widget = focus_widget(classifier, max_mb=.5)
+    def choose(name, content):
+        widget.children[0].value = [dict(name=name, type="", size=len(content), content=memoryview(content), last_modified=datetime.now(timezone.utc))]
+        return widget.children[1].outputs[0]["data"]["text/html"]
+    shown = choose("x.png", (tmp_path / "x.png").read_bytes())
+    want = explain(classifier, tmp_path / "x.png")
+    assert want.prediction.label in shown and shown.count("<img") == 2 + len(want.zooms)
+    assert "notes.txt is no picture I can read" in choose("notes.txt", b"text")
+    assert "big.png is too large" in choose("big.png", bytes(600_000))
+
+
+def test_without_the_extra(classifier, folder, monkeypatch):
+    for name, work in (("gradio", lambda: build_app(classifier)), ("ipywidgets", lambda: focus_widget(classifier))):
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(ModuleNotFoundError, match=rf"{name} is not installed: pip install 'fd_focus\[app\]'"): work()
+    with pytest.raises(SystemExit, match="gradio is not installed"): fd_focus_app.__wrapped__(str(folder), device="cpu")
+
+
+def test_command_errors(folder, tmp_path):
+    pytest.importorskip("gradio", reason="gradio is not installed: pip install 'fd_focus[app]'")
+    with pytest.raises(SystemExit, match="no model folder"): fd_focus_app.__wrapped__(str(tmp_path / "gone"))
+    with pytest.raises(SystemExit, match="abacus"): fd_focus_app.__wrapped__(str(folder), device="abacus")
+    with pytest.raises(SystemExit, match="max_mb=-1"): fd_focus_app.__wrapped__(str(folder), max_mb=-1., device="cpu")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(SystemExit, match=f"cannot listen on 127.0.0.1, port {port}"): fd_focus_app.__wrapped__(str(folder), port=port, device="cpu")
+
+
+def test_fit_keeps_proportions(classifier):
+    wide = bird().resize((300, 100))
+    found = classifier.predict(wide)
+    image, moved = fit(wide, found, 150)
+    assert image.size == (150, 50) and moved.size == (50, 150)
+    assert torch.allclose(moved.boxes, found.boxes / 2, atol=1e-3)
