@@ -1,5 +1,4 @@
 "The app in a real browser, its handler with every kind of picture, and the notebook widget."
-import json
 import os
 import shutil
 import signal
@@ -18,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fd_focus.app import about, attempt, build_app, draw_heat, example_files, explain, fit, focus_widget, launch_app
+from fd_focus.app import about, attempt, build_app, draw_heat, example_files, explain, fit, focus_widget
 from fd_focus.cli import fd_focus_app
 from fd_focus.data import FocusDataLoaders
 from fd_focus.export import save_focus
@@ -69,7 +68,8 @@ def page(folder, place):
     "Where `fd_focus_app` listens, started as a user does; ends with Ctrl-C."
     pytest.importorskip("gradio", reason="gradio is not installed: pip install 'fd_focus[app]'")
     script, port, log = place / "app.py", free_port(), place / "app.log"
-    script.write_text("from fd_focus.cli import fd_focus_app\nfd_focus_app()\n")
+    script.write_text("import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)    # a job in the background ignores Ctrl-C\n"
+                      "from fd_focus.cli import fd_focus_app\nfd_focus_app()\n")
     environment = os.environ | dict(CUDA_VISIBLE_DEVICES="", GRADIO_TEMP_DIR=str(place / "uploads"))
     with open(log, "w") as out:
         process = subprocess.Popen([sys.executable, script, folder, "--port", str(port), "--max_mb", "1"], stdout=out, stderr=out, env=environment)
