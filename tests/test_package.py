@@ -23,3 +23,16 @@ def test_wheel_holds_every_module_and_imports_without_nbdev(tmp_path):
     script = ("import sys; sys.modules['nbdev'] = sys.modules['execnb'] = None\n"      # importing them would fail
               "import fd_focus.all, fd_focus.cli; assert 'site' in fd_focus.all.__file__")
     subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, cwd=tmp_path / "site")
+
+
+def test_no_machine_is_in_saved_outputs():
+    "Paths of the machine that ran a notebook, and warnings with them, are not for readers."
+    import json
+    wrong = []
+    for file in sorted((root / "nbs").rglob("*.ipynb")):
+        for cell in json.loads(file.read_text())["cells"]:
+            text = "".join(json.dumps({k: v for k, v in o.items() if k != "data"}) + json.dumps({k: v for k, v in o.get("data", {}).items() if not k.startswith("image")})
+                           for o in cell.get("outputs", []))
+            if any(word in text for word in ("/site-packages/", "/home/", "/root/")): wrong.append(f"{file.name} {cell['id']}")
+            assert '"output_type": "error"' not in text, f"{file.name} {cell['id']} holds an error"
+    assert not wrong, wrong
