@@ -32,7 +32,7 @@ def fit(
 ) -> tuple[Image.Image, Prediction]:
     "Picture and prediction, enlarged or reduced to a size for the screen."
     if longest < 1: raise ValueError(f"longest={longest}; use at least 1 pixel")
-    image = open_any(source)
+    image = open_any(source)[0]
     size = [max(1, round(side * longest / max(image.size))) for side in image.size]
     scale = (torch.tensor(size) / torch.tensor(image.size)).repeat(2)
     moved = replace(prediction, boxes=prediction.boxes * scale, view=prediction.view * scale, size=(size[1], size[0]))
@@ -46,7 +46,7 @@ def draw_heat(
 ) -> Image.Image:
     "The attention map over the whole picture in grey. ValueError for a plain model, which has none."
     if prediction.attention is None: raise ValueError("a plain model has no attention to draw")
-    grey = open_any(source).convert("L").convert("RGB")
+    grey = open_any(source)[0].convert("L").convert("RGB")
     x0, y0, x1, y1 = view = [round(side) for side in prediction.view.tolist()]
     values = prediction.attention.numpy() - prediction.attention.min().item()
     values = values / max(values.max(), 1e-12)
@@ -64,7 +64,7 @@ def cut_zooms(
     k: int = 4,              # at most so many, best first
 ) -> list[Image.Image]:
     "The regions, cut out and enlarged, framed in red, green, blue, yellow, then white."
-    image, zooms = open_any(source), []
+    image, zooms = open_any(source)[0], []
     for i, (x0, y0, x1, y1) in enumerate(prediction.boxes[:k].tolist()):
         box = max(0., x0), max(0., y0), min(image.width, x1), min(image.height, y1)     # float32 may end a hair outside
         scale = size / max(box[2] - box[0], box[3] - box[1])
@@ -156,8 +156,8 @@ def explain(
     longest: int = 640,      # pixels of the longer side of the pictures
 ) -> Explanation:
     "Ask the model about one picture and draw its reasons. ValueError says why a picture cannot be read, FileNotFoundError that there is none."
-    image = open_any(source)
-    prediction = classifier.predict(image)
+    image = open_any(source)[0]
+    prediction = classifier.predict(source)     # not of `image`: it decodes a large file as `fd_focus_predict` does
     shown, moved = fit(image, prediction, longest)
     attention = None if prediction.attention is None else draw_heat(shown, moved)
     return Explanation(prediction, classifier.threshold, "temperature" in classifier.config, draw_prediction(shown, moved), attention, cut_zooms(image, prediction))
