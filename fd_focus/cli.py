@@ -130,6 +130,7 @@ def _train(values: dict, given: set):
     matplotlib.use("agg")
     import shlex
     from fd_focus.export import save_focus, write_card
+    from fd_focus.interpret import calibrate
     from fd_focus.run import Settings, asdict, train, write_run, write_settings
     from fd_focus.speed import keep_memory
     keep_memory()                # a fifth of a CPU's time went into clearing new pages
@@ -146,7 +147,12 @@ def _train(values: dict, given: set):
         if first and not resume: write_settings(asdict(settings), out)
         learn, table, summary = train(settings, out=out, resume=resume)
         if not first: return
-        save_focus(learn, out / "model", settings.arch, settings.cut, dict(accuracy=summary["accuracy"]), settings=summary["settings"])
+        sure = {}
+        if "RANK" not in os.environ:             # one of several processes sees a share of the pictures
+            with learn.no_bar(): calibration = calibrate(learn)
+            sure = dict(temperature=calibration.temperature, threshold=calibration.threshold)
+        save_focus(learn, out / "model", settings.arch, settings.cut, dict(accuracy=summary["accuracy"]), settings=summary["settings"], **sure)
+        if learn.dls.skipped: learn.dls.write_skipped(out)
         write_run(learn, table, summary, out)
         if not settings.plain: write_card(out / "model", out / "regions.png")
     except KeyboardInterrupt as stop:
