@@ -197,6 +197,6 @@ def plot_results(
             right.errorbar([line.gain], [y], xerr=[[max(0, line.gain - line.low)], [max(0, line.high - line.gain)]], fmt="s", color="C1", capsize=4)
     left.set(yticks=range(len(table)), yticklabels=table.variant, xlabel="accuracy, %", title=f"{data}: seeds (points) and mean (bar)")
     right.set(xlabel="points", title=f"gain over {rival}, 95 % interval"); right.axvline(0, color="grey", lw=1)
-    left.invert_yaxis()
+    left.set_ylim(len(table) - .5, -.5)
     for ax in (left, right): ax.grid(alpha=.3)
     return fig
