@@ -28,7 +28,6 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.external import URLs, untar_data
 from fastai.data.transforms import IndexSplitter, Normalize
 from fastai.torch_core import TensorCategory
-from fastai.data.transforms import Transform
 from fastai.vision.augment import CropPad, FlipItem, RandomCrop, Resize, ResizeMethod
 from fastai.vision.core import PILImage, PointScaler, TensorPoint
 from fastai.vision.data import ImageBlock
@@ -335,13 +334,10 @@ class _ToyOrFile:
         if isinstance(item, ToyItem): return PILImage.create(self.reader(item))      # drawn at this size: nothing to resize, epoch after epoch
         return open_image(item, self.side)
 
-class _Fit(Transform):
-    "Resize what was not drawn at this size: photographs given to `learn.predict`."
-    order = 1
-    def __init__(self, side: int): self.side = side
-    def encodes(self, x: PILImage):
-        if x.size == (self.side, self.side): return x
-        return PILImage.create(x.resize((self.side, self.side), Image.Resampling.BILINEAR, reducing_gap=2))
+class _Fit(Resize):
+    "fastai's Resize, which leaves alone what was drawn at this size and draws no random numbers for it."
+    def __call__(self, b, split_idx=None, **kwargs):
+        return b if isinstance(b, Image.Image) and b.size == tuple(self.size) else super().__call__(b, split_idx=split_idx, **kwargs)
 
 class _Labels:
     "Item to label by look-up."
@@ -492,7 +488,7 @@ class FocusDataLoaders(DataLoaders):
                                   box=[t.box for t in truths], parts=[t.parts for t in truths], marked=[t.marked for t in truths]))
         block = DataBlock((ImageBlock, CategoryBlock(vocab=sorted(table.label.unique()))), get_x=_ToyOrFile(reader, image_size), get_y=labeller,
                           splitter=IndexSplitter(np.flatnonzero(table.split == "valid")),
-                          item_tfms=[_Fit(image_size), FlipItem()], batch_tfms=batch_tfms)
+                          item_tfms=[_Fit(image_size, method=ResizeMethod.Squish), FlipItem()], batch_tfms=batch_tfms)
         dls = cls._of(block.dataloaders(items, bs=bs, num_workers=num_workers), table, image_size)
         dls.min_side = image_size
         return dls

@@ -26,7 +26,7 @@ from fastai.callback.core import Callback
 from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.torch_core import num_distrib, rank_distrib, set_seed
 
-from .checkpoint import Checkpoint, KeepBest, put as _put, stoppable
+from .checkpoint import Checkpoint, KeepBest, _own, put as _put, random_state, set_random_state, stoppable
 from .data import FocusDataLoaders
 from .learner import FocusLearner, ImageFirst, look, focus_learner, history, to_pixels
 from .loss import FocusLoss
@@ -232,7 +232,15 @@ def log_callback(
         from fastai.callback.wandb import WandbCallback
     except ImportError as error: raise ValueError(f"log={log!r} needs a package that is not installed ({error}): pip install {log}") from None
     if rank_distrib() == 0: wandb.init(project="fd_focus", group=Path(out).name, dir=str(out), config=asdict(settings))
-    return WandbCallback(log_preds=False)
+    class Wandb(WandbCallback):
+        "fastai's, which reads a batch to describe the run; the generators are put back, so that who watches changes nothing."
+        name = "wandb"
+        def before_fit(self):
+            loaders = [_own(dl) for dl in self.learn.dls]
+            state = random_state(loaders)
+            super().before_fit()
+            set_random_state(state, loaders)
+    return Wandb(log_preds=False)
 
 # %% ../nbs/72_run.ipynb #72_run012
 def spread(n: int, k: int) -> list[int]:
