@@ -57,12 +57,11 @@ def _greedy(scores: Tensor, table: Tensor, m: int) -> Tensor:
 
 def _greedy_numpy(scores: np.ndarray, table: np.ndarray, m: int) -> np.ndarray | None:
     "The same picks by NumPy, or None where a picture has fewer than `m` survivors."
-    alive, picks = scores.copy(), np.empty((len(scores), m), np.int64)
+    alive, picks = scores.copy(), np.empty((m, len(scores)), np.int64)
     for k in range(m):
-        picks[:, k] = pick = alive.argmax(1)
-        last = alive[np.arange(len(alive)), pick] if k == m - 1 else None
-        np.copyto(alive, -np.inf, where=table[pick])
-    return picks if (last > -np.inf).all() else None
+        if k: np.copyto(alive, -np.inf, where=table.take(picks[k - 1], 0))
+        alive.argmax(1, out=picks[k])
+    return picks.T if (alive[np.arange(len(alive)), picks[-1]] > -np.inf).all() else None
 
 def _numpy_can(scores: Tensor) -> bool:
     "A plain float tensor in the CPU's memory, and nobody recording a graph."
