@@ -74,8 +74,14 @@ def fd_focus_train(
     compile_body: store_true = False,   # torch.compile of the body: a slow start, faster steps
     checkpointing: store_true = False,  # less memory for a third more time
     accumulate: int = 1,      # batches to one step of the optimiser
+    valid_pct: float = None,  # judge by this share of the training pictures, so that test pictures stay unseen; None: by the folder's split
+    on_bad_image: str = "error", # pictures that cannot be read: error, or skip
+    on_duplicate: str = "warn",  # pictures that are there twice: warn, or drop
+    balance: store_true = False,     # draw every class equally often in training
+    cache: str = None,        # folder that keeps large pictures reduced
     n_classes: int = 12,      # toy: number of classes
     images_per_class: int = 80,  # toy: training birds a class
+    valid_per_class: int = 20,   # toy: birds a class to judge by
     mark_size: float = 1.,    # toy: width of the marks
     clutter: float = .5,      # toy: background things
     split: str = "valid",     # toy: judge by 'valid' or 'test' birds
@@ -202,6 +208,8 @@ def _experiment(plan: str, out: Path, rival: str, only_summary: bool):
     import warnings
     warnings.filterwarnings("ignore")
     from fd_focus.experiment import load_plan, run_experiment, summarise
+    from fd_focus.speed import keep_memory
+    keep_memory()
     runs = load_plan(plan)           # a plan with an error is known before anything else
     rows = None if only_summary else run_experiment(runs, out, lambda line: print(line, flush=True))
     table = summarise(out, rival)

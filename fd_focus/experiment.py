@@ -89,6 +89,11 @@ def predictions(learn: Learner) -> dict[str, np.ndarray]:
 # %% ../nbs/75_experiment.ipynb #75_experiment015
 def _fingerprint(settings: Settings) -> str: return json.dumps(asdict(settings), sort_keys=True)
 
+def _same(recorded: str, settings: Settings) -> bool:
+    "Do recorded settings mean these? One that did not exist then had the value that is its default now."
+    try: return Settings(**json.loads(recorded)) == settings
+    except TypeError: return False
+
 def _predictions_file(csv: Path, data: str, variant: str, seed: int) -> Path:
     plain = lambda text: "".join(c if c.isalnum() or c in "-." else "_" for c in str(text))
     return csv.with_suffix("") / f"{plain(data)}--{plain(variant)}--{seed}.npz"
@@ -124,7 +129,7 @@ def run_experiment(
     done = {(r["data"], r["variant"], r["seed"]): r for r in rows if r["status"] == "ok"}
     csv.parent.mkdir(parents=True, exist_ok=True)
     for number, run in enumerate(runs, 1):
-        if run.key in done and done[run.key]["settings"] == _fingerprint(run.settings): continue
+        if run.key in done and _same(done[run.key]["settings"], run.settings): continue
         row = _one_run(run, csv)
         rows = [r for r in rows if (r["data"], r["variant"], r["seed"]) != run.key] + [row]
         put(csv, lambda part: pd.DataFrame(rows).to_csv(part, index=False))
