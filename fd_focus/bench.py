@@ -7,7 +7,7 @@ __all__ = ['STAGES', 'OPTIONS', 'SECTIONS', 'QUICK', 'machine', 'available_memor
            'make_net', 'make_batch', 'training_step', 'floor_step', 'prediction', 'stages', 'one_staged',
            'fitting_batch', 'bench_step', 'bench_prediction', 'numpy_nms', 'numpy_propose', 'torchvision_propose',
            'sliced_zoom', 'bench_naive', 'exponent', 'locating', 'growth', 'bench_growth', 'option_step',
-           'bench_options', 'jpeg', 'bench_reading', 'bars', 'bench', 'report']
+           'bench_options', 'jpeg', 'bench_reading', 'EpochParts', 'bench_epoch', 'bars', 'bench', 'report']
 
 # %% ../nbs/85_bench.ipynb #85_bench003
 import copy
@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from fastai.callback.core import Callback
 from fastai.optimizer import Adam
 from PIL import Image
 from torch import Tensor, nn
@@ -248,7 +249,7 @@ def sliced_zoom(images: Tensor, boxes: Tensor, size: int) -> Tensor:
                                    for x0, y0, x1, y1 in rows]) for image, rows in zip(images, boxes.tolist())])
 
 def bench_naive(image_size=448, batch=16, channels=2048, n_classes=200, stride=32, repeats=9, device="cpu") -> dict:
-    "Batched selection and zoom against loops over pictures and crops; `times` in seconds, `ratios` of each loop to ours."
+    "Batched selection and zoom (in kept and in new memory) against loops over pictures and crops; `times` in seconds, `ratios` of each loop to ours."
     torch.manual_seed(0)
     region, size, cells = round(image_size * 5 / 14 / 2) * 2, image_size // 2, image_size // stride
     grid = region_grid(image_size, cells, region).to(device)
@@ -262,8 +263,10 @@ def bench_naive(image_size=448, batch=16, channels=2048, n_classes=200, stride=3
                      grid_sample=lambda: _zoom_any(images, boxes, (size, size)).contiguous(),
                      roi_align=lambda: torchvision.ops.roi_align(images, list(boxes), size, sampling_ratio=1, aligned=True))
     found = dict(batch=batch, image_size=image_size, device=device)
-    for name, works, calls in (("propose", selection, 20), ("zoom", enlarging, 1)):
-        times = {k: [t / calls for t in v] for k, v in take_turns(works, repeats, 2, device).items()}
+    for name, works, calls, kept in (("propose", selection, 20, False), ("zoom", enlarging, 1, True), ("zoom_new_pages", enlarging, 1, False)):
+        keep_memory(kept)      # as `fd_focus_train` does; without, both ways mostly wait for the system to clear new pages
+        try: times = {k: [t / calls for t in v] for k, v in take_turns(works, repeats, 2, device).items()}
+        finally: keep_memory(False)
         found[name] = dict(times={k: middle(v) for k, v in times.items()}, ratios={k: ratio(v, times["batched"]) for k, v in times.items() if k != "batched"})
     features, weight = torch.rand(batch, channels, cells, cells, device=device), torch.rand(10_000, channels, device=device)
     found["attention_10000_classes"] = dict(features_bytes=features.numel() * 4, peak_bytes=peak_memory(lambda: attention_map(features, weight), device),
@@ -362,12 +365,48 @@ def bench_reading(sizes=((500, 375), (1600, 1200)), side: int = 512, repeats: in
                          per_second_draft=round(pictures / middle(times[True])["median"], 1)))
     return dict(rows=rows, side=side)
 
+# %% ../nbs/85_bench.ipynb #85_bench025b
+class EpochParts(Callback):
+    "Seconds of each epoch: `loading` a batch, training `steps`, `validation`; `.epochs` is a list of dicts."
+    order = 1000     # after all others
+    def before_fit(self): self.epochs = []
+    def before_epoch(self): self.parts, self.start = dict(loading=0., steps=0., validation=0.), time.perf_counter()
+    def before_train(self): self.last = time.perf_counter()
+    def _add(self, part):
+        now = time.perf_counter()
+        self.parts[part] += now - self.last
+        self.last = now
+    def before_batch(self):
+        if self.training: self._add("loading")
+    def after_batch(self):
+        if self.training: self._add("steps")
+    def before_validate(self): self.last = time.perf_counter()
+    def after_validate(self): self._add("validation")
+    def after_epoch(self):
+        whole = time.perf_counter() - self.start
+        self.epochs.append(self.parts | dict(rest=whole - sum(self.parts.values()), whole=whole))
+
+def bench_epoch(data: str | None = None, toy: dict | None = None, photographs: dict | None = None, device="cpu") -> dict:
+    "One row a run: seconds of the last epoch (of the birds the second: the first draws them) and its parts. `data` is a folder of photographs."
+    from fd_focus.run import Settings, make_learner
+    toy = dict(data="toy", arch="toy_resnet", image_size=96, bs=32, epochs=2) | (toy or {})
+    photographs = dict(data=str(data), arch="mobilenet_v2", image_size=224, bs=32, epochs=1) | (photographs or {})
+    rows = []
+    for settings in [toy] + ([photographs] if data else []):
+        for plain in (False, True):
+            learn, parts = make_learner(Settings(**settings, plain=plain)), EpochParts()
+            learn.dls.to(torch.device(device))
+            with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(settings["epochs"], 4e-3, cbs=parts)
+            rows.append(dict(what=f"{Path(settings['data']).name}, {settings['arch']}, {settings['image_size']} px", model="plain" if plain else "fd_focus",
+                             pictures=len(learn.dls.train_ds), **{k: round(v, 3) for k, v in parts.epochs[-1].items()}))
+    return dict(rows=rows)
+
 # %% ../nbs/85_bench.ipynb #85_bench027
-SECTIONS = dict(naive=bench_naive, prediction=bench_prediction, step=bench_step, growth=bench_growth, options=bench_options, reading=bench_reading)
+SECTIONS = dict(naive=bench_naive, prediction=bench_prediction, step=bench_step, growth=bench_growth, options=bench_options, reading=bench_reading, epoch=bench_epoch)
 QUICK = dict(step=dict(arch="toy_resnet", image_size=96, batch=8, n_classes=12), prediction=dict(arch="toy_resnet", image_size=96, batch=8, n_classes=12),
              naive=dict(image_size=224, batch=4, channels=256, repeats=3),
              growth=dict(image_size=96, batches=(1, 4, 16), image_sizes=(96, 192), classes=(10, 1000), regions=(1, 8), repeats=2),
-             options=dict(bodies=(("toy_resnet", 64, 8),), options=OPTIONS[:-1], repeats=2), reading=dict(repeats=2, pictures=3))
+             options=dict(bodies=(("toy_resnet", 64, 8),), options=OPTIONS[:-1], repeats=2), reading=dict(repeats=2, pictures=3), epoch=dict(toy=dict(image_size=64, images_per_class=8, n_classes=4, bs=8)))
 
 def bars(results: dict) -> list[dict]:
     "What was to be reached, what was measured, and whether it holds, for the sections that are there."
@@ -379,7 +418,8 @@ def bars(results: dict) -> list[dict]:
     if p := results.get("prediction"): bar(f"prediction ÷ body alone ({p['arch']}, batch {p['batch']})", p["ratio"]["median"], 1.05)
     if n := results.get("naive"):
         bar(f"NumPy loop ÷ propose, batch {n['batch']}", n["propose"]["ratios"]["numpy_loop"]["median"], 30, below=False)
-        bar(f"zoom ÷ slicing and interpolating, batch {n['batch']}", 1 / n["zoom"]["ratios"]["slices"]["median"], .8)
+        bar(f"zoom ÷ slicing and interpolating, batch {n['batch']}, kept memory", 1 / n["zoom"]["ratios"]["slices"]["median"], .8)
+        bar(f"the same where memory is not kept", 1 / n["zoom_new_pages"]["ratios"]["slices"]["median"], .8)
         bar("attention with 10,000 classes: peak memory ÷ features", n["attention_10000_classes"]["peak_bytes"] / n["attention_10000_classes"]["features_bytes"], 2)
     if g := results.get("growth"):
         for name in ("step, batch", "locating, batch"): bar(f"exponent of time, {name}", g[name]["time_exponent"], 1.05)
@@ -392,12 +432,14 @@ def bench(
     device: str | None = None,      # None: 'cuda' where there is one
     repeats: int | None = None,     # of the whole step and of prediction; None: 3
     threads: int | None = None,     # of PyTorch on a CPU; None: as it is
+    data: str | None = None,        # a folder of photographs, for an epoch on them
     say: Callable = print,
 ) -> dict:                          # the results, as in the file
     "Measure, write after every section. ValueError for an unknown section."
     only = tuple(only or SECTIONS)
     if unknown := set(only) - set(SECTIONS): raise ValueError(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if data and not Path(data).is_dir(): raise ValueError(f"no folder {data}")
     if torch.device(device).type == "cuda" and not torch.cuda.is_available(): raise ValueError(f"device={device!r}, but PyTorch sees no GPU; use 'cpu'")
     if threads is not None:
         if threads < 1: raise ValueError(f"threads={threads}; use 1 or more")
@@ -408,6 +450,7 @@ def bench(
         start = time.perf_counter()
         kwargs = dict(QUICK[name]) if quick else {}
         if name != "reading": kwargs["device"] = device
+        if name == "epoch" and data: kwargs["data"] = data
         if repeats and name in ("step", "prediction"): kwargs["repeats"] = repeats
         results[name] = SECTIONS[name](**kwargs)
         results[name]["took"] = round(time.perf_counter() - start, 1)

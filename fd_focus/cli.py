@@ -89,6 +89,7 @@ def fd_focus_train(
     keep_best: store_true = False,   # end with the weights of the epoch with the best validation accuracy
     config: str = None,       # YAML file of settings, such as the settings.yaml of a run; flags win over it
     log: str = None,          # tell tensorboard or wandb what happens
+    examples: int = 4,        # validation pictures to put into model/examples/, which the app offers; 0: none
     out: str = "runs/train",  # folder for summary.json, settings.yaml, metrics.csv, curves.png, regions.png, model/
     resume: store_true = False,      # go on with the unfinished run in `out`, with its settings
 ):
@@ -109,10 +110,10 @@ def _merge(values: dict, given: set[str]) -> tuple[dict, Path]:
     from fd_focus.checkpoint import read_checkpoint
     from fd_focus.run import read_settings
     asked = read_settings(values["config"], ("out",)) if values["config"] else {}
-    asked |= {name: values[name] for name in given - {"config", "resume"}}
+    asked |= {name: values[name] for name in given - {"config", "resume", "examples"}}
     if isinstance(asked.get("cut"), str): asked["cut"] = _cut(asked["cut"])
     out = Path(asked.pop("out", values["out"]))
-    if not values["resume"]: return {k: v for k, v in values.items() if k not in ("config", "resume", "out")} | asked, out
+    if not values["resume"]: return {k: v for k, v in values.items() if k not in ("config", "resume", "examples", "out")} | asked, out
     if not (out / "checkpoint.pt").is_file() and (out / "summary.json").is_file(): raise _Finished(f"the run in {out} is finished: nothing to go on with")
     settings = read_checkpoint(out / "checkpoint.pt")["settings"]
     wrong = [f"{name}={asked[name]} (there: {settings[name]})" for name in sorted(asked) if asked[name] != settings[name]]
@@ -137,9 +138,10 @@ def _train(values: dict, given: set):
     import shlex
     from fd_focus.export import save_focus, write_card
     from fd_focus.interpret import calibrate
-    from fd_focus.run import Settings, asdict, train, write_run, write_settings
+    from fd_focus.run import Settings, asdict, train, write_examples, write_run, write_settings
     from fd_focus.speed import keep_memory
     keep_memory()                # a fifth of a CPU's time went into clearing new pages
+    if values["examples"] < 0: raise ValueError(f"examples={values['examples']}; use a number of pictures, or 0 for none")
     resume, first = values["resume"], not int(os.environ.get("RANK", 0))    # of the processes that train together, the first one writes and speaks
     if not first: sys.stdout = open(os.devnull, "w")
     try: settings, out = _merge(values, given)
@@ -159,6 +161,7 @@ def _train(values: dict, given: set):
             sure = dict(temperature=calibration.temperature, threshold=calibration.threshold)
         save_focus(learn, out / "model", settings.arch, settings.cut, dict(accuracy=summary["accuracy"]), settings=summary["settings"], **sure)
         if learn.dls.skipped: learn.dls.write_skipped(out)
+        write_examples(learn, out / "model", values["examples"])
         write_run(learn, table, summary, out)
         if not settings.plain: write_card(out / "model", out / "regions.png")
     except KeyboardInterrupt as stop:
@@ -313,20 +316,21 @@ def _export(model: str, format: str, out: str | None, opset: int, images: list |
 @call_parse
 def fd_focus_bench(
     out: str = None,          # JSON file of the results
-    only: str = None,         # sections, with commas: naive,prediction,step,growth,options,reading
+    only: str = None,         # sections, with commas: naive,prediction,step,growth,options,reading,epoch
     quick: store_true = False,# a small network: shows that it works, not how fast it is
     device: str = None,       # 'cpu' or 'cuda'; as default the GPU where there is one
     repeats: int = None,      # of the whole step and of prediction; 3
     threads: int = None,      # of PyTorch on a CPU
+    data: str = None,         # a folder of photographs: measure an epoch on them too
 ):
-    "Measure speed and memory: stages, step and prediction against their floors, plain loops, growth, options."
-    _explain(lambda: _bench(out, only, quick, device, repeats, threads))
+    "Measure speed and memory: stages, step and prediction against their floors, plain loops, growth, options, an epoch."
+    _explain(lambda: _bench(out, only, quick, device, repeats, threads, data))
 
-def _bench(out, only, quick, device, repeats, threads):
+def _bench(out, only, quick, device, repeats, threads, data):
     import warnings
     warnings.filterwarnings("ignore")
     from fd_focus.bench import bench, report
-    print(report(bench(out, only.split(",") if only else None, quick, device, repeats, threads, say=lambda line: print(line, flush=True))))
+    print(report(bench(out, only.split(",") if only else None, quick, device, repeats, threads, data, say=lambda line: print(line, flush=True))))
 
 # %% ../nbs/95_cli.ipynb #95_cli071
 @call_parse

@@ -421,7 +421,7 @@ def fold_batch_norm(
 ) -> FocusNet | PlainNet:        # a copy, for eval mode alone
     "Fold the body's batch norms into the convolutions before them, where the body can be traced."
     net = copy.deepcopy(net).eval()
-    example = torch.rand(2, 3, *net.image_size, device=next(net.parameters()).device)
+    example = torch.rand(2, 3, *net.image_size, generator=torch.Generator().manual_seed(0)).to(next(net.parameters()).device)   # leaves the global generator alone
     try:
         with _quiet(): body = fuse(net.body)
         before, after = net.body(example), body(example)

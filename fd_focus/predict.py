@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from .data import EXTENSIONS, open_image
-from .export import FocusPipeline, load_focus
+from .export import FocusPipeline, fold_batch_norm, load_focus
 from .model import FocusNet, PlainNet
 from .plot import REGION_COLOURS
 
@@ -125,10 +125,11 @@ class FocusClassifier:
     def __init__(self,
         net: FocusNet | PlainNet,            # from `load_focus`
         device: str | torch.device | None = None,  # None: a GPU where there is one
+        fold: bool = True,                   # fold batch norm into the convolutions: faster, the same to rounding
     ):
         self.config, self.classes = net.config, net.classes
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.pipeline = FocusPipeline(net).to(self.device)
+        self.pipeline = FocusPipeline(fold_batch_norm(net) if fold else net).to(self.device, memory_format=torch.channels_last)
         self.threshold = self.config.get("threshold")
         pair = lambda size: (size, size) if isinstance(size, int) else tuple(size)
         self.input_size = pair(self.config.get("input_size", self.config["image_size"]))
@@ -136,9 +137,9 @@ class FocusClassifier:
         self.squash, self.min_side = self.config.get("squash", True), self.config.get("min_side")
 
     @classmethod
-    def load(cls, folder: str | Path, device: str | torch.device | None = None) -> "FocusClassifier":
+    def load(cls, folder: str | Path, device: str | torch.device | None = None, fold: bool = True) -> "FocusClassifier":
         "From a model folder; errors are those of `load_focus`."
-        return cls(load_focus(folder), device)
+        return cls(load_focus(folder), device, fold)
 
     def _prepare(self, source) -> tuple[Tensor, np.ndarray, tuple]:
         "(3,S,S) uint8, view, and (height, width) of the original."
@@ -155,7 +156,7 @@ class FocusClassifier:
     def _answers(self, prepared: list[tuple]) -> list[Prediction]:
         "Predictions of prepared pictures, as one batch."
         pictures, views, sizes = zip(*prepared)
-        x = torch.stack(pictures).to(self.device).float() / 255
+        x = (torch.stack(pictures).to(self.device).float() / 255).contiguous(memory_format=torch.channels_last)
         outputs = [part.float().cpu() for part in self.pipeline(x)]
         if len(outputs) == 1: outputs += [torch.zeros(len(x), 0, 4), torch.zeros(len(x), 0), [None] * len(x)]
         return [self._one(*parts) for parts in zip(*outputs, views, sizes)]

@@ -61,7 +61,7 @@ def _greedy_numpy(scores: np.ndarray, table: np.ndarray, m: int) -> np.ndarray |
     for k in range(m):
         if k: np.copyto(alive, -np.inf, where=table.take(picks[k - 1], 0))
         alive.argmax(1, out=picks[k])
-    return picks.T if (alive[np.arange(len(alive)), picks[-1]] > -np.inf).all() else None
+    return np.ascontiguousarray(picks.T) if (alive[np.arange(len(alive)), picks[-1]] > -np.inf).all() else None
 
 def _numpy_can(scores: Tensor) -> bool:
     "A plain float tensor in the CPU's memory, and nobody recording a graph."

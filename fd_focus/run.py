@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FOLDER_SETTINGS', 'NET_SETTINGS', 'RECIPES', 'LOGS', 'Settings', 'check_settings', 'read_settings', 'make_learner',
-           'body_lr', 'train', 'versions', 'log_callback', 'spread', 'regions_figure', 'write_settings', 'write_run']
+           'body_lr', 'train', 'versions', 'log_callback', 'spread', 'regions_figure', 'write_settings', 'write_run',
+           'write_examples']
 
 # %% ../nbs/72_run.ipynb #72_run003
 import difflib
@@ -287,3 +288,21 @@ def write_run(learn: FocusLearner, table: pd.DataFrame, summary: dict, out: str 
         plt.close(figure)
     _put(out / "summary.json", lambda p: p.write_text(json.dumps(summary, indent=1)))
     return out
+
+# %% ../nbs/72_run.ipynb #72_run013b
+def write_examples(
+    learn: FocusLearner,
+    folder: str | Path,      # a model folder; they go into its `examples/`
+    k: int = 4,              # how many; 0: none
+    side: int = 512,         # of a square they fit into, pixels
+) -> list[Path]:             # the files, numbered and named by class
+    "Validation pictures, spread over the set, as JPEGs that the app can offer. ValueError if k < 0."
+    if k < 0: raise ValueError(f"k={k}; use a number of pictures, or 0 for none")
+    valid, files = learn.dls.valid_ds, []
+    for number, i in enumerate(spread(len(valid), k), 1):
+        picture, label = valid.tls[0][i].convert("RGB"), learn.dls.vocab[int(valid.tls[1][i])]
+        picture.thumbnail((side, side))
+        files.append(Path(folder) / "examples" / f"{number} {''.join(c if c.isalnum() or c in ' +-_.' else '_' for c in str(label))[:80]}.jpg")
+        files[-1].parent.mkdir(parents=True, exist_ok=True)
+        _put(files[-1], lambda part: picture.save(part, "JPEG", quality=90))
+    return files

@@ -44,13 +44,14 @@ def test_help_imports_nothing_heavy(name):
 def test_train_method_and_plain(folder, tmp_path):
     for plain in (False, True):
         out = tmp_path / ("plain" if plain else "focus")
-        run = command("fd_focus_train", "--data", folder, *TINY, "--out", out, *(["--plain"] if plain else []))
+        run = command("fd_focus_train", "--data", folder, *TINY, "--out", out, *(["--plain", "--examples", 0] if plain else []))
         assert run.returncode == 0, run.stderr
         summary = json.loads((out / "summary.json").read_text())
         assert 0 <= summary["accuracy"] <= 1 and summary["settings"]["plain"] is plain and summary["seconds"] > 0
         assert {"torch", "fastai", "fd_focus"} <= set(summary["versions"])
         files = {"summary.json", "settings.yaml", "metrics.csv", "curves.png", "model"} | (set() if plain else {"regions.png"})
         assert {p.name for p in out.iterdir()} == files
+        assert len(list((out / "model/examples").glob("*.jpg"))) == (0 if plain else 3)
         model = load_focus(out / "model")
         assert model.classes == sorted(p.name for p in folder.iterdir())
         assert model(torch.rand(2, 3, 64, 64)).shape == (2, 3)
@@ -70,6 +71,8 @@ def test_bad_arguments(folder, tmp_path):
     assert "is no model of torchvision" in fails("--data", folder, *TINY, "--arch", "resnet81", *out)
     assert "does not fit image_size" in fails("--data", folder, *TINY, "--region_size", 100, *out)
     assert "l=4 regions are to be used of m=2" in fails("--data", folder, *TINY, "--m", 2, *out)
+    assert "examples=-1; use a number" in fails("--data", folder, *TINY, "--examples", -1, *out)
+    assert "valid_pct=2.0; use a share" in fails("--data", folder, *TINY, "--valid_pct", 2, *out)
     assert "unrecognized arguments" in fails("--data", folder, "--colour", "red")
     assert "cells" in fails("--data", folder, *TINY, "--m", 50, *out)
     assert "larger image_size" in fails("--data", folder, *TINY, "--arch", "squeezenet1_1", "--image_size", 8, *out)
