@@ -317,7 +317,7 @@ def test_bad_settings(tmp_path):
 def test_flags_have_the_settings_defaults():
     flags = {name: parameter.default for name, parameter in inspect.signature(fd_focus_train.__wrapped__).parameters.items()}
     known = {name: field.default for name, field in Settings.__dataclass_fields__.items()}
-    assert {name: value for name, value in flags.items() if name not in ("config", "out", "resume")} == {name: known[name] for name in flags if name in known}
+    assert {name: value for name, value in flags.items() if name not in ("config", "examples", "out", "resume")} == {name: known[name] for name in flags if name in known}
 
 
 def test_tensorboard(whole, finish, tmp_path):
