@@ -31,6 +31,7 @@ def work(kwargs, log, tweak, argument):
     "In a process of its own: `fd_focus_train(**kwargs)`, its words in the file `log`."
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
     os.dup2(1, 2)
+    multiprocessing.set_start_method("fork", force=True)     # what a program of its own has on Linux; the server's children inherit 'forkserver'
     if tweak: tweak(argument)
     fd_focus_train(**kwargs)
 
