@@ -1,8 +1,10 @@
 "The commands as a user types them: what they write, and what they say of bad input."
 import json
+import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from PIL import Image
 
 from fd_focus.export import load_focus
+from fd_focus.run import Settings, make_learner
 from fd_focus.toy import ToyBirds
 
 BIN = Path(sys.executable).parent
@@ -57,6 +60,18 @@ def test_train_method_and_plain(folder, tmp_path):
         assert model(torch.rand(2, 3, 64, 64)).shape == (2, 3)
     run = command("fd_focus_compare", tmp_path / "focus", tmp_path / "plain")
     assert run.returncode == 0 and run.stdout.count("%") == 2
+
+
+def test_folder_settings_reach_the_data(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "birds")
+    kind = next((tmp_path / "birds").iterdir())
+    (kind / "broken.png").write_bytes(b"no picture")
+    base = Settings(data=str(tmp_path / "birds"), arch="toy_resnet", image_size=64, bs=4, epochs=1)
+    with pytest.raises(ValueError, match="broken.png"): make_learner(base)
+    dls = make_learner(replace(base, on_bad_image="skip", valid_pct=.5, balance=True, cache=str(tmp_path / "kept"))).dls
+    assert len(dls.valid_ds) == 9 and [Path(f).name for f in dls.skipped] == ["broken.png"]
+    assert type(dls.train).__name__ == "BalancedDL"
+    assert len(make_learner(replace(base, data="toy", valid_per_class=3)).dls.valid_ds) == 36
 
 
 def fails(*args):
