@@ -299,7 +299,8 @@ def write_examples(
     "Validation pictures, spread over the set, as JPEGs that the app can offer. ValueError if k < 0."
     if k < 0: raise ValueError(f"k={k}; use a number of pictures, or 0 for none")
     valid, files = learn.dls.valid_ds, []
-    for number, i in enumerate(spread(len(valid), k), 1):
+    by_class = sorted(range(len(valid)), key=lambda i: int(valid.tls[1][i]))     # spread over classes, in whatever order they lie
+    for number, i in enumerate((by_class[j] for j in spread(len(valid), k)), 1):
         picture, label = valid.tls[0][i].convert("RGB"), learn.dls.vocab[int(valid.tls[1][i])]
         picture.thumbnail((side, side))
         files.append(Path(folder) / "examples" / f"{number} {''.join(c if c.isalnum() or c in ' +-_.' else '_' for c in str(label))[:80]}.jpg")
