@@ -11,8 +11,11 @@ __all__ = ['FOLDER_SETTINGS', 'NET_SETTINGS', 'RECIPES', 'LOGS', 'Settings', 'ch
 import difflib
 import json
 import math
+import multiprocessing
 import os
 import platform
+import re
+import sys
 import time
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
@@ -144,6 +147,8 @@ def make_learner(settings: Settings) -> FocusLearner:
     if s.bs % processes or s.bs < 2 * processes:
         raise ValueError(f"bs={s.bs} cannot be shared by {processes} processes; use a multiple of {processes}, at least {2 * processes}")
     if processes > 1 and torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if s.workers and sys.platform != "win32" and (method := multiprocessing.get_start_method()) != "fork":    # on Windows fastai loads without workers
+        raise ValueError(f"workers={s.workers}: fastai's loaders cannot be sent to processes started by {method!r}; use workers=0, or multiprocessing.set_start_method('fork') first")
     if s.early_stop < 0: raise ValueError(f"early_stop={s.early_stop}; use a number of epochs, or 0 for never")
     if s.data == "toy" and s.split == "test" and (s.early_stop or s.keep_best):
         raise ValueError("split='test' is for a finished choice, but early_stop and keep_best choose the epoch on it; use split='valid'")
@@ -296,7 +301,7 @@ def write_examples(
     k: int = 4,              # how many; 0: none
     side: int = 512,         # of a square they fit into, pixels
 ) -> list[Path]:             # the files, numbered and named by class
-    "Validation pictures, spread over the set, as JPEGs that the app can offer. ValueError if k < 0."
+    "Validation pictures, spread over the set, as JPEGs that the app can offer, in place of those of an earlier run. ValueError if k < 0."
     if k < 0: raise ValueError(f"k={k}; use a number of pictures, or 0 for none")
     valid, files = learn.dls.valid_ds, []
     by_class = sorted(range(len(valid)), key=lambda i: int(valid.tls[1][i]))     # spread over classes, in whatever order they lie
@@ -306,4 +311,6 @@ def write_examples(
         files.append(Path(folder) / "examples" / f"{number} {''.join(c if c.isalnum() or c in ' +-_.' else '_' for c in str(label))[:80]}.jpg")
         files[-1].parent.mkdir(parents=True, exist_ok=True)
         _put(files[-1], lambda part: picture.save(part, "JPEG", quality=90))
+    for old in set((Path(folder) / "examples").glob("*.jpg")) - set(files):
+        if re.match(r"\d+ ", old.name): old.unlink()
     return files
