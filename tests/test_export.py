@@ -9,6 +9,7 @@ import types
 
 import pytest
 import torch
+from conftest import shaken
 from PIL import Image
 
 from fd_focus.cli import fd_focus_export
@@ -17,16 +18,6 @@ from fd_focus.export import FocusPipeline, check_parity, export_model, fold_batc
 from fd_focus.learner import focus_learner
 from fd_focus.model import FocusNet, PlainNet, toy_resnet
 from fd_focus.predict import FocusClassifier
-
-
-def shaken(net, seed=0):
-    "Random heads and batch norm statistics, so that a picture matters."
-    torch.manual_seed(seed)
-    for name, tensor in net.state_dict().items():
-        if name.endswith("running_var"): tensor.uniform_(.5, 2)
-        elif name.endswith("running_mean"): tensor.normal_(0, .2)
-        elif "head" in name: tensor.normal_(0, .3)
-    return net.eval()
 
 
 @pytest.fixture(scope="module")

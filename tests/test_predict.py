@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import shaken
 from fastai.vision.augment import RandomCrop, Resize
 from PIL import Image, ImageOps
 
@@ -35,16 +36,6 @@ def birds(tmp_path_factory):
         image = image.resize(SIZES[i % 3]).convert(("RGB", "L", "CMYK", "RGB")[i % 4])
         image.save(folder / drawn.classes[label] / f"{i:02d}.jpg", quality=95)
     return folder
-
-
-def shaken(net, seed=0):
-    "Random heads and batch norm statistics, so that a picture matters."
-    torch.manual_seed(seed)
-    for name, tensor in net.state_dict().items():
-        if name.endswith("running_var"): tensor.uniform_(.5, 2)
-        elif name.endswith("running_mean"): tensor.normal_(0, .2)
-        elif "head" in name: tensor.normal_(0, .3)
-    return net.eval()
 
 
 def make(dls, folder, arch="toy_resnet", extras={}, **kwargs):
