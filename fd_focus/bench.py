@@ -80,6 +80,7 @@ class Clock:
         self.spans = []
         return sums
 
+# %% ../nbs/85_bench.ipynb #85_bench006b
 def take_turns(
     works: dict[str, Callable],   # what to compare; each is called without arguments
     repeats: int = 5,             # measured rounds
@@ -141,6 +142,7 @@ def floor_step(net: FocusNet, batch: int, crops: int, train: bool = True) -> Cal
                 net.body.zero_grad(set_to_none=True)
     return run
 
+# %% ../nbs/85_bench.ipynb #85_bench009b
 def prediction(net: FocusNet, batch: int) -> Callable:
     "A function that answers one batch in eval mode."
     x, _ = make_batch(net, batch)
@@ -425,6 +427,7 @@ def bars(results: dict) -> list[dict]:
         for name in ("step, batch", "locating, batch"): bar(f"exponent of time, {name}", g[name]["time_exponent"], 1.05)
     return rows
 
+# %% ../nbs/85_bench.ipynb #85_bench027b
 def bench(
     out: str | Path | None = None,  # JSON file; sections that are in it and not measured now are kept
     only: tuple | None = None,      # names of SECTIONS; None: all

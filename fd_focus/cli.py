@@ -97,6 +97,7 @@ def fd_focus_train(
     values = dict(locals())
     _explain(lambda: _train(values, _given(fd_focus_train, values)))
 
+# %% ../nbs/95_cli.ipynb #95_cli008b
 def _given(command, values: dict) -> set[str]:
     "Names of the flags that were typed, or, for a call from Python, that are not at their default."
     import inspect
@@ -129,6 +130,7 @@ def _unfinished(out: Path) -> str:
     except (FileNotFoundError, ValueError): return ""
     return f"{state['epoch']} of {state['epochs']} epochs" if state["epoch"] else ""
 
+# %% ../nbs/95_cli.ipynb #95_cli008d
 def _train(values: dict, given: set):
     import warnings
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -526,6 +526,7 @@ def _stamped(transforms) -> list:
     for stamp, transform in zip(stamps[1:], transforms): stamp.order = transform.order
     return stamps[:1] + [t for pair in zip(transforms, stamps[1:]) for t in pair]
 
+# %% ../nbs/60_data.ipynb #60_data041b
 @patch
 def _rows(self: FocusDataLoaders, items) -> pd.DataFrame:
     "The table's rows of some items. ValueError where it has no boxes."

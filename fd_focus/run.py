@@ -192,6 +192,7 @@ def _fit(learn: FocusLearner, s: Settings, cbs: list) -> None:
     elif s.recipe == "modern": learn.fit_modern(s.epochs, s.lr, body_lr(s), ema=s.ema, mixup=s.mixup, cbs=cbs)
     else: learn.fit_one_cycle(s.epochs, slice(s.lr * body_lr(s), s.lr), cbs=cbs)
 
+# %% ../nbs/72_run.ipynb #72_run007b
 def train(
     settings: Settings,
     bar: bool = True,                         # show fastai's progress bar and table
@@ -224,6 +225,7 @@ def train(
                    settings=asdict(s) | dict(body_lr=body_lr(s)))
     return learn, table, summary
 
+# %% ../nbs/72_run.ipynb #72_run007d
 def versions() -> dict[str, str]:
     "Versions of what a result depends on."
     return {name: version(name) for name in ("fd_focus", "torch", "torchvision", "fastai", "fastcore", "numpy")} | {"python": platform.python_version()}
