@@ -64,6 +64,7 @@ def fd_focus_train(
     input_size: int = None,   # cut regions from a picture of this side, larger than image_size
     answer: str = "hybrid",   # who answers: the hybrid head, or the ensemble of all heads
     region_size: int = None,  # side of a region, pixels; 5/14 of the image
+    second_region_size: int = None,   # every second region is of this size
     zoom_size: int = None,    # side of a zoomed region, pixels; 1/2 of the image
     m: int = 6,               # regions in training
     l: int = 4,               # regions in the answer
@@ -261,6 +262,8 @@ def _predict(args: dict) -> tuple[int, int]:
     kind = args["format"] or ("jsonl" if out and out.suffix in (".jsonl", ".json", ".ndjson") else "csv")
     if out and world > 1: out = out.with_name(f"{out.stem}.rank{rank}{out.suffix}")
     from fd_focus.predict import FocusClassifier, Rows, find_pictures, predict_files
+    from fd_focus.speed import keep_memory
+    keep_memory()
     files = find_pictures(args["paths"], sys.stdin, rank, world)
     device = args["device"] or (f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ and _cuda() else None)
     classifier = FocusClassifier.load(args["model"], device)

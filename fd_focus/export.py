@@ -169,7 +169,7 @@ _CHECKS = dict(    # name: is it right, what is expected
     mean=(_triple, "three numbers"), std=(lambda v: _triple(v) and min(v) > 0, "three numbers above 0"),
     temperature=(lambda v: _number(v) and v > 0, "a number above 0"), threshold=(lambda v: _number(v) and 0 <= v <= 1, "a number from 0 to 1"),
     metrics=(lambda v: isinstance(v, dict), "a table"), settings=(lambda v: isinstance(v, dict), "a table"), versions=(lambda v: isinstance(v, dict), "a table"),
-    sha256=(lambda v: isinstance(v, str), "a checksum"), region_size=(_size, "1 to 8192 pixels, or [height, width]"), zoom_size=(_size, "1 to 8192 pixels, or [height, width]"),
+    sha256=(lambda v: isinstance(v, str), "a checksum"), region_size=(_size, "1 to 8192 pixels, or [height, width]"), second_region_size=(lambda v: v is None or _size(v), "1 to 8192 pixels, [height, width], or null"), zoom_size=(_size, "1 to 8192 pixels, or [height, width]"),
     arguments=(lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v), "a list of names"))
 
 def check_config(
@@ -288,7 +288,7 @@ class FocusPipeline(nn.Module):
         if not self.focuses: return (self._probabilities(net(x)),)
         pooled, logits, attention, cells, boxes = net._first_look(x, self.n_boxes, None)
         answer = net._decide(logits, pooled, net._second_look(x, boxes[:, :self.used]), cells[:, :self.used])
-        return self._probabilities(answer), boxes, attention.flatten(1).gather(1, cells), attention
+        return self._probabilities(answer), boxes, net._scores(attention, cells), attention
 
     def _probabilities(self, logits: Tensor) -> Tensor: return (logits / self.temperature).softmax(-1)
 
@@ -404,9 +404,10 @@ def _tied(net: FocusNet, ours: list[Tensor], boxes: Tensor, size: tuple[int, int
     "(N,) do the other graph's boxes (N,k,4) first leave ours for a cell with the same attention, but for rounding?"
     _, own, scores, attention = ours
     rows, first = torch.arange(len(own)), ((own - boxes).abs().amax(2) > .01).float().argmax(1)              # (N,)
-    grid = net.grid.cpu() * torch.tensor([size[1] / net.image_size[1], size[0] / net.image_size[0]] * 2)     # (h*w,4)
-    there = (grid - boxes[rows, first][:, None]).abs().amax(2) <= .01                                        # (N,h*w)
-    gap = (attention.flatten(1) - scores[rows, first][:, None]).abs().masked_fill(~there, torch.inf).amin(1)
+    grid = net.grid.cpu() * torch.tensor([size[1] / net.image_size[1], size[0] / net.image_size[0]] * 2)     # (G,4)
+    there = (grid - boxes[rows, first][:, None]).abs().amax(2) <= .01                                        # (N,G)
+    at = attention.flatten(1)
+    gap = (at.repeat(1, len(grid) // at.shape[1]) - scores[rows, first][:, None]).abs().masked_fill(~there, torch.inf).amin(1)
     return gap <= 1e-5 * scores.abs().amax(1).clamp_min(1)
 
 def toy_images(size: tuple[int, int], n: int = 64) -> Tensor:

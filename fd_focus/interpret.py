@@ -107,7 +107,7 @@ def _random_regions(net, n: int, size: tuple[int, int], generator) -> tuple[Tens
     "Random attention (n,h,w), and the regions (n,m,4) that it proposes, in pixels of an input of `size`."
     noise = torch.rand(n, *net.map_size, generator=generator)
     scale = torch.tensor([size[1] / net.image_size[1], size[0] / net.image_size[0]] * 2)
-    return noise, net.grid.cpu()[propose_from_table(noise, net.suppresses.cpu(), net.m)] * scale
+    return noise, net.grid[net._propose(noise.to(net.grid.device), net.m)].cpu() * scale
 
 def localisation(
     learn: FocusLearner,     # with a FocusNet, and a table with box (and parts) in `learn.dls`

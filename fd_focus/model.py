@@ -93,6 +93,7 @@ class FocusNet(nn.Module):
         n_classes: int,                   # number of classes C, at least 2
         image_size: int | tuple[int, int] = 448,          # side of the first look in pixels, or (height, width)
         region_size: int | tuple[int, int] | None = None, # side of a region; None: 5/14 of the image, even (160 at 448)
+        second_region_size: int | tuple[int, int] | None = None,   # every second region is of this size; None: all are of one size (the paper)
         zoom_size: int | tuple[int, int] | None = None,   # side of a zoomed region; None: 1/2 of the image (224 at 448)
         m: int = 6,                       # regions in training
         l: int = 4,                       # regions in the hybrid feature, l <= m
@@ -121,11 +122,14 @@ class FocusNet(nn.Module):
         self.n_classes, self.m, self.l, self.iou_threshold, self.sigma = n_classes, m, l, iou_threshold, sigma
         self.image_size = _pair(image_size)
         self.region_size = _scaled(self.image_size, 5 / 14, even=True) if region_size is None else _pair(region_size)
+        self.second_region_size = None if second_region_size is None else _pair(second_region_size)
+        if second_region_size is not None and (m % 2 or l % 2): raise ValueError(f"m={m}, l={l}: regions of two sizes take turns; use even numbers")
         self.zoom_size = _scaled(self.image_size, 1 / 2) if zoom_size is None else _pair(zoom_size)
         n, *map_size = feature_shape(body, self.image_size)
         feature_shape(body, self.zoom_size)                     # raises where crops are too small for the body
-        boxes = region_grid(self.image_size, tuple(map_size), self.region_size)
-        if m > len(boxes): raise ValueError(f"m={m} regions, but the body's {map_size[0]}x{map_size[1]} map has only {len(boxes)} cells")
+        grids = [region_grid(self.image_size, tuple(map_size), size) for size in (self.region_size, self.second_region_size) if size]
+        boxes = grids[0]
+        if m > len(grids) * len(boxes): raise ValueError(f"m={m} regions, but the body's {map_size[0]}x{map_size[1]} map has only {len(boxes)} cells")
         self.n_features, self.map_size = n, tuple(map_size)
         self.body = body
         self.image_head = nn.Linear(n, n_classes)
@@ -134,8 +138,9 @@ class FocusNet(nn.Module):
         if fusion == "attention": self.region_pool = nn.Linear(n, 1)
         self.keep_focus, self.last_focus = False, None    # True: eval mode looks at all m regions and keeps what it saw
         self.first_look_only = False                      # True: a plain classifier, while its image head warms up
-        self.register_buffer("grid", boxes, persistent=False)
+        self.register_buffer("grid", torch.cat(grids), persistent=False)         # (h*w,4), or (2*h*w,4) with two sizes
         self.register_buffer("suppresses", suppression_table(boxes, iou_threshold), persistent=False)
+        self.register_buffer("second_suppresses", suppression_table(grids[1], iou_threshold) if grids[1:] else None, persistent=False)
 
     def extra_repr(self):
         return f"image_size={self.image_size}, region_size={self.region_size}, zoom_size={self.zoom_size}, m={self.m}, l={self.l}"
@@ -144,8 +149,15 @@ class FocusNet(nn.Module):
 from fastcore.basics import patch
 
 @patch
+def _propose(self: FocusNet, attention: Tensor, m: int) -> Tensor:
+    "(B,m) boxes of `grid`, best first; with two sizes of region in turn, each chosen on its own."
+    if self.second_suppresses is None: return propose_from_table(attention, self.suppresses, m)
+    first, second = (propose_from_table(attention, table, m // 2) for table in (self.suppresses, self.second_suppresses))
+    return torch.stack([first, second + len(self.suppresses)], 2).flatten(1)
+
+@patch
 def _first_look(self: FocusNet, x: Tensor, m: int, target: Tensor | None):
-    "F^I (B,n), image logits (B,C), M (B,h,w), cells (B,m), boxes (B,m,4) in pixels of `x`."
+    "F^I (B,n), image logits (B,C), M (B,h,w), their numbers in `grid` (B,m), boxes (B,m,4) in pixels of `x`."
     small = x
     if tuple(x.shape[2:]) != self.image_size:
         if x.shape[2] < self.image_size[0] or x.shape[3] < self.image_size[1]:
@@ -159,7 +171,7 @@ def _first_look(self: FocusNet, x: Tensor, m: int, target: Tensor | None):
         target = logits.argmax(1)
     if self.attention == "random": attention = torch.rand(maps[:, 0].shape, device=maps.device)
     else: attention = attention_map(maps, self.image_head.weight, target if self.attention == "single" else None, self.sigma)
-    cells = propose_from_table(attention, self.suppresses, m)
+    cells = self._propose(attention, m)
     boxes = self.grid[cells]
     if small is not x:    # numbers, not tensors: a tensor made here would wait for the device
         scale = x.shape[3] / self.image_size[1], x.shape[2] / self.image_size[0]
@@ -167,12 +179,18 @@ def _first_look(self: FocusNet, x: Tensor, m: int, target: Tensor | None):
     return pooled, logits, attention, cells, boxes
 
 @patch
+def _scores(self: FocusNet, attention: Tensor, cells: Tensor) -> Tensor:
+    "(B,m) attention at the regions' cells."
+    return attention.flatten(1).gather(1, cells if self.second_suppresses is None else cells % len(self.suppresses))
+
+@patch
 def _second_look(self: FocusNet, x: Tensor, boxes: Tensor) -> Tensor:
     "Features F^R (B,m,n) of the zoomed regions, by the same body."
     b, m = boxes.shape[:2]
     if m == 0: return x.new_zeros(b, 0, self.n_features)
-    region = tuple(round(r * full / first) for r, full, first in zip(self.region_size, x.shape[2:], self.image_size))
-    crops = zoom(x, boxes, self.zoom_size, region).flatten(0, 1)
+    sizes = [tuple(round(r * full / first) for r, full, first in zip(size, x.shape[2:], self.image_size)) for size in (self.region_size, self.second_region_size) if size]
+    crops = [zoom(x, boxes[:, k::len(sizes)], self.zoom_size, size) for k, size in enumerate(sizes)]
+    crops = (torch.stack(crops, 2).flatten(1, 2) if crops[1:] else crops[0]).flatten(0, 1)     # (B*m,3,*zoom_size)
     norms = [module for module in self.body.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training]
     if self.crop_norm == "running":
         for norm in norms: norm.eval()
@@ -231,7 +249,7 @@ def focus(self: FocusNet,
     image, logits, attention, cells, boxes = self._first_look(x, self.m, target)
     regions = self._second_look(x, boxes)
     hybrid = self._hybrid_logits(image, regions, cells) if self.hybrid_head else None
-    scores, answer = attention.flatten(1).gather(1, cells), self._decide(logits, image, regions, cells)
+    scores, answer = self._scores(attention, cells), self._decide(logits, image, regions, cells)
     return Focus(attention, boxes, scores, logits, self.region_head(regions), hybrid, answer)
 
 # %% ../nbs/40_model.ipynb #40_model036

@@ -64,6 +64,7 @@ class Settings:
     hybrid_weight: float = 1.
     input_size: int | None = None   # pixels the crops are cut from, larger than image_size; None: image_size
     region_size: int | None = None  # None: 5/14 of the image
+    second_region_size: int | None = None   # every second region is of this size; None: all are of one
     zoom_size: int | None = None    # None: 1/2 of the image
     m: int = 6
     l: int = 4
@@ -97,7 +98,7 @@ class Settings:
     log: str | None = None          # tell 'tensorboard' or 'wandb' what happens
 
 FOLDER_SETTINGS = ("valid_pct", "on_bad_image", "on_duplicate", "balance", "cache")
-NET_SETTINGS = ("region_size", "zoom_size", "m", "l", "sigma", "attention", "fusion", "order", "hybrid", "crop_norm", "crop_grad", "answer")
+NET_SETTINGS = ("region_size", "second_region_size", "zoom_size", "m", "l", "sigma", "attention", "fusion", "order", "hybrid", "crop_norm", "crop_grad", "answer")
 RECIPES = ("one_cycle", "modern", "paper")
 
 # %% ../nbs/72_run.ipynb #72_run006b

@@ -44,7 +44,7 @@ def change(folder, drop=(), **values):
     (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in drop}))
 
 
-OTHER = dict(region_size=30, zoom_size=40, m=5, l=2, iou_threshold=.5, sigma=0., attention="single", fusion="sum", order="place",
+OTHER = dict(region_size=30, second_region_size=24, zoom_size=40, m=8, l=2, iou_threshold=.5, sigma=0., attention="single", fusion="sum", order="place",
              hybrid=False, crop_norm="running", crop_grad=False, answer="ensemble")
 
 
@@ -239,7 +239,7 @@ def agrees(net, file, **kwargs):
     return parity
 
 
-CASES = [dict(net_kwargs=dict(answer="ensemble", fusion="sum", order="place")), dict(net_kwargs=dict(fusion="attention", attention="single", l=3)), dict(plain=True),
+CASES = [dict(net_kwargs=dict(answer="ensemble", fusion="sum", order="place", second_region_size=14)), dict(net_kwargs=dict(fusion="attention", attention="single", l=3)), dict(plain=True),
          *(pytest.param(case, marks=pytest.mark.slow) for case in (dict(), dict(net_kwargs=dict(fusion="mean", hybrid=False)), dict(net_kwargs=dict(l=0, m=5, sigma=0.))))]
 
 
