@@ -188,9 +188,9 @@ def one_staged(net: FocusNet, step: Callable, clock: Clock) -> dict[str, float]:
 def fitting_batch(net: FocusNet, batch: int) -> tuple[int, int]:
     "The largest batch up to `batch` whose step fits the free memory, and the bytes a picture takes in it."
     device = net.grid.device
-    two = peak_memory(training_step(net, 2), device.type, warm=False)      # batch norm wants two
-    each = max(1, two // 2)
-    room = int(.85 * available_memory(device.type) / each)
+    two, four = (peak_memory(training_step(net, n), device.type, warm=False) for n in (2, 4))      # batch norm wants two
+    each = max(1, (four - two) // 2)                                        # gradients and the optimiser's state do not grow with the batch
+    room = 2 + int((.85 * available_memory(device.type) - two) / each)
     if room < 2: raise MemoryError(f"a step with 2 pictures takes {two / 1e9:.1f} GB, and {available_memory(device.type) / 1e9:.1f} GB are free")
     return min(batch, room), each
 
@@ -448,7 +448,12 @@ def bench(
         if threads < 1: raise ValueError(f"threads={threads}; use 1 or more")
         torch.set_num_threads(threads)
     results = json.loads(Path(out).read_text()) if out and Path(out).is_file() else {}
-    results |= dict(machine=machine(), quick=quick)
+    here, kept = machine(), [name for name in SECTIONS if name in results and name not in only]
+    same = lambda m: (m["processor"], m["gpu"], m["threads"])
+    if kept and (results["quick"], results.get("device", device), same(results["machine"])) != (quick, device, same(here)):
+        raise ValueError(f"{out} has {', '.join(kept)} of {'a quick run' if results['quick'] and not quick else 'a full run' if quick and not results['quick'] else 'another machine, device or number of threads'}: "
+                         "one file is of one kind; give another --out, or measure those sections again too")
+    results |= dict(machine=here, quick=quick, device=device)
     for name in (n for n in SECTIONS if n in only):
         start = time.perf_counter()
         kwargs = dict(QUICK[name]) if quick else {}

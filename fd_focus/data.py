@@ -207,11 +207,13 @@ def stratified_split(
         chosen[rng.permutation(places)[:n]] = True
     return chosen
 
-def _resplit(table: pd.DataFrame, valid_pct: float | None, seed: int) -> pd.DataFrame:
-    "The table's own split, or a share of its training half for validation."
-    if valid_pct is None: return table
-    table = table[table.split == "train"].reset_index(drop=True)
-    return table.assign(split=np.where(stratified_split(table.label, valid_pct, seed), "valid", "train"))
+def _resplit(table: pd.DataFrame, valid_pct: float | None, seed: int, own: str = "valid") -> pd.DataFrame:
+    "The table's own split, or a share of its training half for validation. `attrs` remember by what it is judged: `own`, or 'train'."
+    if valid_pct is not None:
+        table = table[table.split == "train"].reset_index(drop=True)
+        table, own = table.assign(split=np.where(stratified_split(table.label, valid_pct, seed), "valid", "train")), "train"
+    table.attrs["judged_by"] = own
+    return table
 
 # %% ../nbs/60_data.ipynb #60_data025
 def folder_table(
@@ -233,7 +235,7 @@ def folder_table(
     if table.empty: raise ValueError(f"no pictures in {path}: put them into one folder a class ({_some(EXTENSIONS)})")
     _no_empty_class(folders, table)
     if "split" not in table: return _resplit(table.assign(split="train"), 0.2 if valid_pct is None else valid_pct, seed)
-    return _resplit(table, valid_pct, seed)
+    return _resplit(table, valid_pct, seed, "test" if held_out == "test" else "valid")
 
 def csv_table(
     file: str | Path,                # CSV with columns file,label and perhaps split ('train', and 'valid', 'val' or 'test') and x0,y0,x1,y1
@@ -242,7 +244,8 @@ def csv_table(
 ) -> pd.DataFrame:                   # columns file, label, split, and box (xyxy; NaN where the row has none) where the CSV has the four
     "Table of a CSV file; paths in it are relative to its folder. Raises ValueError for missing columns, doubled files or unknown splits."
     if not Path(file).is_file(): raise FileNotFoundError(f"no file {file}")
-    table = pd.read_csv(file, dtype={"file": str, "label": str, "split": str}, encoding="utf-8-sig")
+    missing = {name: ["", "NA", "NaN", "nan", "null"] for name in ("x0", "y0", "x1", "y1")} | {name: [""] for name in ("file", "label", "split")}   # 'None' may be a class
+    table = pd.read_csv(file, dtype={"file": str, "label": str, "split": str}, encoding="utf-8-sig", keep_default_na=False, na_values=missing)
     if missing := {"file", "label"} - set(table): raise ValueError(f"{file} has no column {', '.join(sorted(missing))}; it has {', '.join(table)}")
     if table.empty: raise ValueError(f"{file} has no rows")
     if table[["file", "label"]].isna().any(axis=None):
@@ -259,8 +262,9 @@ def csv_table(
     if unknown := set(table.split.fillna("(none)")) - {"train", "valid", "val", "test"}:
         raise ValueError(f"{file}: unknown split {', '.join(sorted(unknown))}; use train, and valid or test")
     # With both, 'test' is left for the finished choice: validation is what choices are made on.
-    if {"valid", "val"} & set(table.split): table = table[table.split != "test"]
-    return _resplit(table.assign(split=np.where(table.split == "train", "train", "valid")).reset_index(drop=True), valid_pct, seed)
+    own = "valid" if {"valid", "val"} & set(table.split) else "test"
+    if own == "valid": table = table[table.split != "test"]
+    return _resplit(table.assign(split=np.where(table.split == "train", "train", "valid")).reset_index(drop=True), valid_pct, seed, own)
 
 # %% ../nbs/60_data.ipynb #60_data027
 def check_table(
@@ -421,7 +425,7 @@ class FocusDataLoaders(DataLoaders):
         if on_bad_image not in ("error", "skip"): raise ValueError(f"on_bad_image={on_bad_image!r}; use 'error' or 'skip'")
         if on_duplicate not in ("warn", "drop"): raise ValueError(f"on_duplicate={on_duplicate!r}; use 'warn' or 'drop'")
         if item_tfms is not None and (resize is not None or not squash): raise ValueError("item_tfms replace the transforms that resize and squash describe; give one or the other")
-        path, classes = Path(path), set(table.label)
+        path, classes, judged_by = Path(path), set(table.label), table.attrs.get("judged_by", "valid")
         table, skipped, twice = _without(table, path, on_bad_image, on_duplicate)
         check_table(table, classes)
         own = item_tfms is None
@@ -437,7 +441,7 @@ class FocusDataLoaders(DataLoaders):
         dls = cls._of(block.dataloaders(list(table.file), bs=bs, **kwargs), table, image_size, path)
         dls.skipped, dls.duplicates = skipped, twice
         dls.geometry = (max(item_tfms[0].size), squash) if own else None
-        dls.min_side = _target_side(item_tfms)
+        dls.min_side, dls.judged_by = _target_side(item_tfms), judged_by
         return dls
 
     @classmethod
@@ -445,6 +449,7 @@ class FocusDataLoaders(DataLoaders):
         self = cls(*dls.loaders, path=path, device=dls.device)
         self.table = table.set_index(table.file.astype(str).rename(None))
         self.image_size, self.skipped, self.duplicates = image_size, {}, table.iloc[:0]
+        self.judged_by = "valid" # pictures that accuracy is measured on: 'valid', 'test', or a share of 'train'
         self.min_side = None     # of `open_image`, as these loaders use it
         self.geometry = None     # (side resized to, squashed?) of `paper_transforms`; None: other transforms
         return self
@@ -490,7 +495,7 @@ class FocusDataLoaders(DataLoaders):
                           splitter=IndexSplitter(np.flatnonzero(table.split == "valid")),
                           item_tfms=[_Fit(image_size, method=ResizeMethod.Squish), FlipItem()], batch_tfms=batch_tfms)
         dls = cls._of(block.dataloaders(items, bs=bs, num_workers=num_workers), table, image_size)
-        dls.min_side = image_size
+        dls.min_side, dls.judged_by = image_size, split
         return dls
 
 # %% ../nbs/60_data.ipynb #60_data041
@@ -679,7 +684,7 @@ def cub_table(
         table = table.sort_index().assign(visible=list(parts[..., 2] > 0), parts=list(parts * np.array([1, 1, 0], np.float32)))
     table["file"] = [f"images/{f}" for f in table.file]
     table["split"] = np.where(table.train == 1, "train", "valid")
-    return _resplit(table[[c for c in ("file", "label", "split", "box", "parts", "visible") if c in table]].reset_index(drop=True), valid_pct, seed)
+    return _resplit(table[[c for c in ("file", "label", "split", "box", "parts", "visible") if c in table]].reset_index(drop=True), valid_pct, seed, "test")
 
 # %% ../nbs/60_data.ipynb #60_data069
 def _aircraft_root(path: Path) -> Path:
@@ -703,7 +708,7 @@ def aircraft_table(
         boxes = {n: np.array(b, np.float32) - [1, 1, 0, 0] for n, *b in (line.split() for line in (path / "images_box.txt").read_text().splitlines() if line.strip())}
         table["box"] = [boxes[Path(f).stem].astype(np.float32) for f in table.file]
     table["file"] = [(path.relative_to(root) / "images" / f).as_posix() for f in table.file]
-    return _resplit(table, valid_pct, seed)
+    return _resplit(table, valid_pct, seed, "test")
 
 # %% ../nbs/60_data.ipynb #60_data071
 _CARS = ("Stanford Cars is no longer at its source: put cars_train/ and cars_test/ into the folder, cars_meta.mat and cars_train_annos.mat "
@@ -734,7 +739,7 @@ def cars_table(
     # Boxes are stored with pixels counted from 1, both corners included.
     box = lambda r: np.array([int(r["bbox_x1"]) - 1, int(r["bbox_y1"]) - 1, int(r["bbox_x2"]), int(r["bbox_y2"])], np.float32)
     table = pd.DataFrame([(file, str(names[k - 1]).replace("/", "-"), split, box(r)) for file, k, split, r in records], columns=["file", "label", "split", "box"])
-    return _resplit(table, valid_pct, seed)
+    return _resplit(table, valid_pct, seed, "test")
 
 # %% ../nbs/60_data.ipynb #60_data072
 @patch(cls_method=True)

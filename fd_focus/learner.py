@@ -21,6 +21,7 @@ from fastcore.foundation import L
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import *   # noqa: F403 -- patches fit_one_cycle, fine_tune, lr_find into Learner
+from fastai.callback.tracker import EarlyStoppingCallback, TrackerCallback
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize
 from fastai.interpret import ClassificationInterpretation
@@ -61,18 +62,19 @@ def over_processes(
 
 # %% ../nbs/70_learner.ipynb #70_learner009
 class LossParts(Callback):
-    "Averages the terms of `FocusLoss` over the training batches of an epoch."
+    "Averages the terms of `FocusLoss` over the training batches of an epoch. With MixUp, which blends two losses, there are none."
     names = ("image", "region", "hybrid")
-    def before_epoch(self): self.sums, self.count = dict.fromkeys(self.names, 0.), 0
+    def before_epoch(self): self.sums, self.counts = dict.fromkeys(self.names, 0.), dict.fromkeys(self.names, 0)
     def after_batch(self):
         if not self.training or not isinstance(self.loss_func, FocusLoss): return
         for name in self.names:
             part = getattr(self.loss_func, name)
-            if part is not None: self.sums[name] = self.sums[name] + part * find_bs(self.yb)
-        self.count += find_bs(self.yb)
+            if part is None: continue      # no regions while the image head warms up
+            self.sums[name] = self.sums[name] + part * find_bs(self.yb)
+            self.counts[name] += find_bs(self.yb)
     def after_train(self):
-        *sums, self.count = over_processes(*self.sums.values(), self.count)
-        self.sums = dict(zip(self.names, sums))
+        totals = over_processes(*self.sums.values(), *self.counts.values())
+        self.sums, self.counts = dict(zip(self.names, totals[:3])), dict(zip(self.names, totals[3:]))
 
 class LossPart(Metric):
     "One term of the training loss, as a column of the table."
@@ -84,8 +86,8 @@ class LossPart(Metric):
     def name(self): return f"train_{self.part}_loss"
     @property
     def value(self):
-        if not getattr(self.source, "count", 0): return None    # not trained yet
-        return float(self.source.sums[self.part]) / self.source.count
+        if not getattr(self.source, "counts", {}).get(self.part): return None    # not trained yet
+        return float(self.source.sums[self.part]) / self.source.counts[self.part]
 
 # %% ../nbs/70_learner.ipynb #70_learner010
 class KeepFocus(Callback):
@@ -273,14 +275,17 @@ class WarmCosine:
 # %% ../nbs/70_learner.ipynb #70_learner022c
 class AverageWeights(Callback):
     "Exponential moving average of weights and buffers: judged in validation, and what is left after the fit."
-    order, remembers = 80, ("average",)     # after the optimiser's step; what a checkpoint keeps
+    order, remembers = 80, ("average", "steps")     # after the optimiser's step; what a checkpoint keeps
     def __init__(self, decay: float = 0.99): self.decay = decay   # share of the old average that a step keeps
     def _tensors(self): return [t for t in (*self.model.parameters(), *self.model.buffers()) if t.is_floating_point()]
-    def before_fit(self): self.average, self.swapped = [t.detach().clone() for t in self._tensors()], False
+    def before_fit(self): self.average, self.steps, self.waits, self.swapped = [t.detach().clone() for t in self._tensors()], 0, False, False
+    def after_cancel_batch(self): self.waits = True          # gradients are still being accumulated
     @torch.no_grad()
     def after_batch(self):
         if not self.training: return
-        decay = min(self.decay, (self.train_iter + 1) / (self.train_iter + 10))     # short at first, or the start would linger
+        if self.waits: self.waits = False; return
+        self.steps += 1
+        decay = min(self.decay, self.steps / (self.steps + 9))     # short at first, or the start would linger
         for mean, now in zip(self.average, self._tensors()): mean.lerp_(now, 1 - decay)
     @torch.no_grad()
     def _swap(self, to: bool):
@@ -297,7 +302,13 @@ class ImageFirst(Callback):
     "For the first `epochs` only the image head learns, as a plain classifier; then the second look begins."
     order = -10
     def __init__(self, epochs: int = 1): self.first = epochs   # 0 or more
-    def before_epoch(self): bare(self.model).first_look_only = self.epoch < self.first
+    def before_train(self): bare(self.model).first_look_only = self.epoch < self.first     # not before_epoch: `validate` has that too, after the fit
+    def after_epoch(self):
+        "No tracker compares the answer with what the image head did alone."
+        if self.epoch > self.first or not self.first: return
+        for cb in self.learn.cbs:
+            if isinstance(cb, TrackerCallback): cb.best = math.inf if cb.comp == np.less else -math.inf
+            if isinstance(cb, EarlyStoppingCallback): cb.wait = 0
     def after_fit(self): bare(self.model).first_look_only = False
 
 # %% ../nbs/70_learner.ipynb #70_learner022d

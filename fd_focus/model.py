@@ -43,10 +43,7 @@ class Focus:
     regions: Tensor         # (B,m,C) logits
     hybrid: Tensor | None   # (B,C) logits, None without a hybrid head
     answer: Tensor          # (B,C) the logits that decide, as the network returns them in eval mode
-    @property
-    def ensemble(self) -> Tensor:
-        "(B,C) mean of the heads' probabilities, as logits."
-        return mean_of_heads(self.image, self.regions, self.hybrid)
+    ensemble: Tensor        # (B,C) `mean_of_heads` with the first l regions, as answer='ensemble' returns it
 
 def mean_of_heads(image: Tensor, regions: Tensor, hybrid: Tensor | None) -> Tensor:
     "(B,C) logarithm of the mean probability of image head, region head (itself a mean over regions) and hybrid head."
@@ -64,8 +61,9 @@ def feature_shape(
     parameter = next(body.parameters(), torch.zeros(()))
     try:
         maps = body.eval()(torch.zeros(1, 3, *size, device=parameter.device, dtype=parameter.dtype))
-    except RuntimeError as error:
-        raise ValueError(f"the body cannot take an image of {size[0]}x{size[1]} pixels; use a larger image_size ({error})") from error
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:    # bodies say in many ways that a size does not suit them
+        raise ValueError(f"the body cannot take an image of {size[0]}x{size[1]} pixels; use a larger image_size or the one it was made for, "
+                         f"or another architecture: a body is layers in a row ({error})") from error
     finally:
         for module, mode in modes: module.training = mode
     if not isinstance(maps, Tensor) or maps.ndim != 4:
@@ -249,11 +247,12 @@ def focus(self: FocusNet,
     image, logits, attention, cells, boxes = self._first_look(x, self.m, target)
     regions = self._second_look(x, boxes)
     hybrid = self._hybrid_logits(image, regions, cells) if self.hybrid_head else None
-    scores, answer = self._scores(attention, cells), self._decide(logits, image, regions, cells)
-    return Focus(attention, boxes, scores, logits, self.region_head(regions), hybrid, answer)
+    scores, answer, by_region = self._scores(attention, cells), self._decide(logits, image, regions, cells), self.region_head(regions)
+    return Focus(attention, boxes, scores, logits, by_region, hybrid, answer, mean_of_heads(logits, by_region[:, :self.l], hybrid))
 
 # %% ../nbs/40_model.ipynb #40_model036
-_TAILS = {"avgpool", "fc", "classifier", "head", "pool", "dropout", "flatten", "global_pool", "head_drop", "AuxLogits"}
+_TAILS = {"avgpool", "fc", "classifier", "head", "pool", "dropout", "flatten", "global_pool", "head_drop"}
+_ASIDE = {"AuxLogits", "aux1", "aux2"}      # classifiers beside the way, for training from scratch
 
 class _ChannelsFirst(nn.Module):
     "(B,h,w,n) -> (B,n,h,w), for bodies that keep channels last."
@@ -270,7 +269,7 @@ def _children(model: nn.Module) -> list[tuple[str, nn.Module]]:
     layers = []
     for child in model.named_children():
         if child[0] in _TAILS: break
-        layers.append(child)
+        if child[0] not in _ASIDE: layers.append(child)
     return layers
 
 def _cut(layers: list, cut: int | str | None) -> list:
@@ -301,6 +300,7 @@ def toy_resnet(
     return body
 
 # %% ../nbs/40_model.ipynb #40_model038
+_HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))    # what Inception's weights want; torchvision's models rescale to it themselves
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 def _build(arch: str | Callable, pretrained: bool) -> tuple[nn.Module, list, tuple]:
@@ -316,7 +316,7 @@ def _build(arch: str | Callable, pretrained: bool) -> tuple[nn.Module, list, tup
     if arch in torchvision.models.list_models(module=torchvision.models):
         extra = dict(transform_input=False, init_weights=True) if arch in ("googlenet", "inception_v3") and not pretrained else {}
         model = torchvision.models.get_model(arch, weights="DEFAULT" if pretrained else None, **extra)
-        return model, _children(model), _IMAGENET
+        return model, _children(model), _HALF if arch in ("googlenet", "inception_v3") else _IMAGENET
     try: import timm
     except ImportError: raise ValueError(f"arch={arch!r} is no model of torchvision; for timm's models: pip install timm") from None
     if not timm.is_model(arch):
@@ -346,7 +346,7 @@ def load_body_weights(
     needed = {name for name, tensor in own.items() if id(tensor) in kept and not name.endswith("num_batches_tracked")}
     top = lambda name: name.split(".")[0]
     missing = sorted(needed - set(state))
-    unexpected = sorted(name for name in set(state) - set(own) if top(name) not in _TAILS)
+    unexpected = sorted(name for name in set(state) - set(own) if top(name) not in _TAILS | _ASIDE)
     shapes = sorted(f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
                     for name in needed & set(state) if state[name].shape != own[name].shape)
     problems = [f"{title}: {', '.join(names[:12])}{f' and {len(names) - 12} more' if len(names) > 12 else ''}"

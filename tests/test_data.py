@@ -5,6 +5,7 @@ import shutil
 import struct
 import warnings
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from torchvision.io import ImageReadMode, decode_gif, decode_image, read_file
 
 from fd_focus.data import (DataWarning, FocusDataLoaders, ReducedPictures, aircraft_table, bad_images, cars_table, check_images, csv_table, cub_table, duplicate_images,
                            folder_table, open_image)
+from fd_focus.run import Settings, make_learner
 
 
 @pytest.fixture(autouse=True)
@@ -459,3 +461,25 @@ def test_kept_pictures_are_bounded_and_never_stale(tmp_path, monkeypatch):
     for file in files: bounded(file)
     assert 10_000 <= bounded.used() < 10_000 + 16 * 8_000
     with pytest.raises(ValueError, match="cannot be read as a picture"): (tmp_path / "bad.jpg").write_text("x"); kept(tmp_path / "bad.jpg")
+
+
+def test_what_accuracy_is_judged_by(folder, tmp_path):
+    "A test half is told from a validation half and from a share of the training pictures, so that nothing is chosen on it."
+    by = lambda **kwargs: loaders(folder, **kwargs).judged_by
+    table = folder_table(folder).drop(columns="split")
+    assert by() == by(valid_pct=.5) == "train"
+    for halves, judged in ((["train", "test"], "test"), (["train", "valid"], "valid"), (["train", "val"], "valid")):
+        table.assign(split=[halves[i % 2] for i in range(len(table))]).to_csv(folder / "split.csv", index=False)
+        assert by() == judged and by(valid_pct=.5) == "train"
+    settings = Settings(str(folder), arch="toy_resnet", image_size=32, bs=4, m=2, l=2, keep_best=True)
+    table.assign(split=["train" if i % 2 else "test" for i in range(len(table))]).to_csv(folder / "split.csv", index=False)
+    with pytest.raises(ValueError, match="keep_best choose the epoch on them; use valid_pct"): make_learner(settings)
+    make_learner(replace(settings, valid_pct=.5))
+
+
+def test_a_class_may_be_called_none(folder):
+    table = folder_table(folder)
+    table.assign(label=table.label.replace(table.label[0], "None")).to_csv(folder / "named.csv", index=False)
+    assert "None" in set(csv_table(folder / "named.csv").label)
+    table.assign(label=table.label.replace(table.label[0], "")).to_csv(folder / "named.csv", index=False)
+    with pytest.raises(ValueError, match="has no file or no label"): csv_table(folder / "named.csv")

@@ -57,14 +57,14 @@ def test_committed_plans_can_be_read():
     folder = Path(__file__).parent.parent / "nbs" / "tutorials" / "results"
     plans = sorted(folder.glob("*.yaml"))
     assert plans
-    for plan in plans: assert {"plain"} < {run.variant for run in load_plan(plan)}
+    for plan in plans: assert any(run.variant.startswith("plain") for run in load_plan(plan))
 
 
 def test_interval_narrows_with_pictures():
     rng = np.random.default_rng(0)
     widths = []
     for pictures in (100, 400, 1600):
-        ours, rival = rng.random((3, pictures)) < .9, rng.random((3, pictures)) < .85
+        ours, rival = rng.random((8, pictures)) < .9, rng.random((8, pictures)) < .85
         _, low, high = paired_difference(ours, rival, n=1000)
         widths.append(high - low)
     assert widths[0] > 1.5 * widths[1] > 2.25 * widths[2]

@@ -45,3 +45,14 @@ def test_one_graph_without_host_waits():
     x = torch.rand(2, 3, 64, 64)
     compiled = torch.compile(net, backend="eager", fullgraph=True)
     with torch.no_grad(): assert torch.allclose(compiled(x), net(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("arch,size,shape", [("googlenet", 224, (1024, 7, 7)), ("inception_v3", 299, (2048, 8, 8))])
+def test_auxiliary_classifiers_lie_aside(arch, size, shape):
+    "The body ends at the pooling, not where training from scratch has a second classifier; inputs are normalised as these weights want."
+    body, (mean, std) = create_body(arch, pretrained=False)
+    assert feature_shape(body, (size, size)) == shape and mean == std == (.5, .5, .5)
+
+
+def test_a_body_that_is_no_row_of_layers_is_refused():
+    with pytest.raises(ValueError, match="another architecture: a body is layers in a row"): FocusNet.from_arch("vit_b_32", 3, pretrained=False, image_size=64)
