@@ -228,6 +228,19 @@ _ANY_FILE = """() => {     // Gradio's page turns away what is not named like a 
 _CSS = ".fd-app {max-width: 1180px !important; margin: auto !important} footer {display: none !important}"
 _WELCOME = _notice("What is it?", "Drop a photograph on the left, paste one, or choose an example.", "#475569")
 
+_ELSEWHERE = _notice("That picture did not arrive", "Please choose it once more: only pictures that were uploaded here, and the examples, are looked at.")
+
+def _arrived(
+    upload: str | dict,      # a path, or gradio's record of a file: whatever a request named
+    uploads: str | Path,     # gradio's folder
+    examples: set[Path],     # resolved
+) -> str | None:
+    "The path of an upload or an example; None for every other place on this machine, whether there is a file or not."
+    path = upload.get("path") if isinstance(upload, dict) else upload
+    try: file = Path(path).resolve()
+    except (OSError, TypeError, ValueError): return None       # no path, or what can be none
+    return path if file in examples or Path(uploads).resolve() in file.parents else None
+
 def build_app(
     classifier: FocusClassifier,
     examples: list | None = None,  # picture files to offer, see `example_files`
@@ -236,11 +249,13 @@ def build_app(
     "The page. ModuleNotFoundError says how to install gradio."
     gr = _need("gradio")
     title = title or f"fd_focus: one of {len(classifier.classes)} classes, and where it looked"
+    offers = {Path(file).resolve() for file in examples or ()}
 
     def ask(upload):
         "The upload's handler: HTML, and whether the photograph stays."
         if not upload: return _WELCOME, gr.update()
-        path = upload if isinstance(upload, str) else upload["path"]     # an example is a path
+        path = _arrived(upload, gr.utils.get_upload_folder(), offers)
+        if path is None: return _ELSEWHERE, gr.update(value=None)
         text, explanation = attempt(classifier, path, Path(path).name)
         return text, gr.update() if explanation else gr.update(value=None)
 
@@ -253,9 +268,10 @@ def build_app(
                 with gr.Accordion("About this model", open=False): gr.Markdown(about(classifier))
             with gr.Column(scale=6, min_width=380):
                 answer = gr.HTML(_WELCOME, elem_id="answer")
+        events = [photo.upload, photo.clear]
         with offered:
-            if examples: gr.Examples([[str(file)] for file in examples], [photo], [answer, photo], ask, run_on_click=True, cache_examples=False, label="Examples")
-        for event in (photo.upload, photo.clear):      # unprocessed: gradio would open the file, and has no words for one that is no picture
+            if examples: events.append(gr.Examples([[str(file)] for file in examples], [photo], cache_examples=False, label="Examples").load_input_event.then)
+        for event in events:      # unprocessed: gradio would open any file, and has no words for one that is no picture
             event(ask, photo, [answer, photo], preprocess=False, api_visibility="private", show_progress_on=answer)
     app.queue(max_size=32, default_concurrency_limit=1)      # one picture at a time: a network in two threads is no faster
     app.ask = ask

@@ -194,7 +194,8 @@ def read_checkpoint(file: str | Path) -> dict:
 @patch
 def _do_fit(self: FocusLearner):
     "fastai's loop over epochs, from `first_epoch` on."
-    for epoch in range(getattr(self, "first_epoch", 0), self.n_epoch):
+    first, self.first_epoch = getattr(self, "first_epoch", 0), 0     # for this fit alone, however it ends
+    for epoch in range(first, self.n_epoch):
         self.epoch = epoch
         self._with_events(self._do_epoch, "epoch", CancelEpochException)
 
@@ -240,7 +241,6 @@ class Checkpoint(Callback):
         if bar := getattr(getattr(self.learn, "progress", None), "mbar", None): bar.update(0)     # it cannot start in the middle
 
     def after_epoch(self): self.save(self.epoch + 1)
-    def after_fit(self): self.learn.first_epoch = 0
     def save(self, epoch: int) -> None:
         "Write the file; `epoch` epochs are done."
         self.file.parent.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import IntToFloatTensor, Normalize
-from fastai.vision.augment import RandomCrop, Resize, ResizeMethod
+from fastai.vision.augment import AffineCoordTfm, RandomCrop, Resize, ResizeMethod
 from fastai.vision.core import ToTensor
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -49,6 +49,7 @@ def preparation(
     squash, stats, other = True, ([0.] * 3, [1.] * 3), []
     for transform in [*dls.valid.after_item.fs, *dls.valid.after_batch.fs]:
         if getattr(transform, "split_idx", None) == 0 or isinstance(transform, (ToTensor, IntToFloatTensor)): continue   # 0: training alone
+        if isinstance(transform, AffineCoordTfm) and transform.size is None: continue      # flips and warps, which leave validation as it is
         if isinstance(transform, Normalize): stats = [[float(str(v)) for v in part.flatten().cpu().numpy()] for part in (transform.mean, transform.std)]
         elif isinstance(transform, Resize) and transform.method != ResizeMethod.Pad and resize is None:
             resize, squash = list(transform.size[::-1]), transform.method == ResizeMethod.Squish
@@ -81,7 +82,7 @@ def save_focus(
     temperature: float | None = None,  # the answer's logits are divided by it (calibration)
     threshold: float | None = None,    # the least probability that counts as sure
     settings: dict | None = None,      # the recipe, for the card; folders are cut off its paths
-    picture: str | Path | None = None, # a PNG for the card, such as a run's regions.png
+    picture: str | Path | None = None, # a PNG for the card, such as a run's regions.png; None: that of an earlier model is removed
 ) -> Path:
     "Write `model.safetensors`, `config.json` and a `README.md` card; each file is complete or not there."
     folder, net = Path(folder), learn.model
@@ -96,6 +97,7 @@ def save_focus(
     put(folder / "model.safetensors", lambda p: save_file(state, p))
     config["sha256"] = _sha256(folder / "model.safetensors")
     put(folder / "config.json", lambda p: p.write_text(json.dumps(config, indent=1)))
+    if picture is None: (folder / "regions.png").unlink(missing_ok=True)
     write_card(folder, picture)
     return folder
 
@@ -136,7 +138,7 @@ def write_card(
 ) -> Path:                             # the card
     "Write `README.md` from `config.json`: what it is, its accuracy, classes and recipe, how to load it."
     folder = Path(folder)
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if picture is not None: put(folder / "regions.png", lambda p: shutil.copyfile(picture, p))
     shown = (folder / "regions.png").is_file()
     accuracy = config.get("metrics", {}).get("accuracy")
@@ -147,7 +149,7 @@ def write_card(
                         picture="\n![Regions and attention](regions.png)\n" if shown else "",
                         classes="\n".join(name.replace("`", "'") for name in config["classes"]),
                         recipe=f"\n## Recipe\n\n| setting | value |\n|---|---|\n{rows}\n" if rows else "")
-    put(folder / "README.md", lambda p: p.write_text(text))
+    put(folder / "README.md", lambda p: p.write_text(text, encoding="utf-8"))
     return folder / "README.md"
 
 # %% ../nbs/90_export.ipynb #90_export019
@@ -159,6 +161,8 @@ def _size(value) -> bool:
 
 def _triple(value) -> bool: return isinstance(value, (list, tuple)) and len(value) == 3 and all(map(_number, value))
 
+def _share_or_none(value) -> bool: return value is None or isinstance(value, (int, float)) and type(value) is not bool and math.isfinite(value)
+
 _CHECKS = dict(    # name: is it right, what is expected
     arch=(lambda v: isinstance(v, str) and 0 < len(v) < 200, "the name of an architecture"),
     cut=(lambda v: v is None or type(v) in (int, str), "a number of layers, the name of one, or null"),
@@ -168,7 +172,7 @@ _CHECKS = dict(    # name: is it right, what is expected
     resize=(_size, "1 to 8192 pixels, or [height, width]"), squash=(lambda v: type(v) is bool, "true or false"), min_side=(lambda v: v is None or type(v) is int and v > 0, "a number of pixels, or null"),
     mean=(_triple, "three numbers"), std=(lambda v: _triple(v) and min(v) > 0, "three numbers above 0"),
     temperature=(lambda v: _number(v) and v > 0, "a number above 0"), threshold=(lambda v: _number(v) and 0 <= v <= 1, "a number from 0 to 1"),
-    metrics=(lambda v: isinstance(v, dict), "a table"), settings=(lambda v: isinstance(v, dict), "a table"), versions=(lambda v: isinstance(v, dict), "a table"),
+    metrics=(lambda v: isinstance(v, dict) and _share_or_none(v.get("accuracy")), "a table, its accuracy a number or null"), settings=(lambda v: isinstance(v, dict), "a table"), versions=(lambda v: isinstance(v, dict), "a table"),
     sha256=(lambda v: isinstance(v, str), "a checksum"), region_size=(_size, "1 to 8192 pixels, or [height, width]"), second_region_size=(lambda v: v is None or _size(v), "1 to 8192 pixels, [height, width], or null"), zoom_size=(_size, "1 to 8192 pixels, or [height, width]"),
     arguments=(lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v), "a list of names"))
 
@@ -333,6 +337,8 @@ def export_model(
         except ImportError as error: raise ValueError(f"exporting to ONNX needs {error.name}: pip install 'fd_focus[export]'") from None
         program = torch.onnx.export(pipeline, (example,), dynamo=True, external_data=False, opset_version=opset, dynamic_shapes=dynamic,
                                     input_names=["image"], output_names=list(pipeline.outputs), verbose=False)
+    written = program.model.opset_imports[""]
+    if written != opset: raise ValueError(f"opset={opset} cannot be had: the exporter wrote version {written}; use opset={written}, or the default")
     program.model.metadata_props.update(about)
     put(file, lambda part: program.save(part, external_data=False))
     return file

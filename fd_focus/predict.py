@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,10 @@ from .plot import REGION_COLOURS
 # %% ../nbs/92_predict.ipynb #92_predict011
 def _array(source: np.ndarray | Tensor) -> np.ndarray:
     "(H,W) or (H,W,3) uint8 of an array (H,W[,3]) or a tensor ([3,]H,W); numbers with a point run from 0 to 1."
-    values = source.detach().cpu().as_subclass(Tensor).numpy() if isinstance(source, Tensor) else source
+    values = source
+    if isinstance(source, Tensor):
+        values = source.detach().cpu().as_subclass(Tensor)
+        values = (values.float() if values.is_floating_point() else values).numpy()      # NumPy has no bfloat16
     if isinstance(source, Tensor) and values.ndim == 3: values = values.transpose(1, 2, 0)
     if values.ndim == 3 and values.shape[2] == 1: values = values[..., 0]
     if values.size == 0 or values.ndim not in (2, 3) or values.ndim == 3 and values.shape[2] not in (3, 4):
@@ -45,7 +48,8 @@ def _array(source: np.ndarray | Tensor) -> np.ndarray:
         if not (values.min() >= 0 and values.max() <= 1):
             raise ValueError(f"a picture with values from {values.min():g} to {values.max():g}; give 0 to 1, or uint8 from 0 to 255")
         return (values * 255).round().astype(np.uint8)
-    if values.dtype not in (np.uint8, np.uint16, np.int32): raise ValueError(f"a picture of {values.dtype}; give uint8, or numbers from 0 to 1")
+    if values.dtype == np.uint16 and values.ndim == 3: return (values / 257).round().astype(np.uint8)     # grey of 16 bits is left to `open_image`
+    if values.dtype not in ((np.uint8,) if values.ndim == 3 else (np.uint8, np.uint16, np.int32)): raise ValueError(f"a picture of {values.dtype}; give uint8, or numbers from 0 to 1")
     return values
 
 def open_any(
@@ -60,11 +64,18 @@ def open_any(
         if isinstance(source, (np.ndarray, Tensor)): source = _array(source)
         elif not isinstance(source, Image.Image):
             if not hasattr(source, "read"): raise ValueError("give a path, a PIL picture, bytes, an array or a tensor")
-            return _open_file(source, min_side)
+            return _open_file(_rewound(source), min_side)
         image = open_image(source)
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{name} cannot be read as a picture: {error.__cause__ or error}") from error
     return image, (image.height, image.width)
+
+def _rewound(stream):
+    "A binary stream that can go back to its start: itself, or what it holds."
+    try: stream.seek(0)
+    except (AttributeError, OSError): stream = stream.read()     # a pipe
+    if isinstance(stream, str): raise ValueError("give bytes: open it with 'rb', or take .buffer")
+    return io.BytesIO(stream) if isinstance(stream, bytes) else stream
 
 def _open_file(file, min_side: int | None) -> tuple[Image.Image, tuple[int, int]]:
     "A decoded file, perhaps at reduced scale, and its full (height, width)."
@@ -120,6 +131,18 @@ class Prediction:
                     boxes=[[round(side, 1) for side in box] for box in self.boxes.tolist()], scores=[round(s, 4) for s in self.scores.tolist()])
 
 # %% ../nbs/92_predict.ipynb #92_predict032
+def _device(
+    name: str | torch.device | None,   # None: a GPU where there is one
+) -> torch.device:
+    "A device that is there. ValueError says what to use."
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:        # AssertionError: a PyTorch that was built without CUDA
+        there = "'cpu' or 'cuda'" if torch.cuda.is_available() else "'cpu'"
+        raise ValueError(f"device={str(name)!r} cannot be used here; use {there} ({str(error).splitlines()[0]})") from None
+    return device
+
 class FocusClassifier:
     "A trained model that takes pictures of any kind."
     def __init__(self,
@@ -128,7 +151,7 @@ class FocusClassifier:
         fold: bool = True,                   # fold batch norm into the convolutions: faster, the same to rounding
     ):
         self.config, self.classes = net.config, net.classes
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = _device(device)
         self.pipeline = FocusPipeline(fold_batch_norm(net) if fold else net).to(self.device, memory_format=torch.channels_last)
         self.threshold = self.config.get("threshold")
         pair = lambda size: (size, size) if isinstance(size, int) else tuple(size)
@@ -187,6 +210,10 @@ def predict(self: FocusClassifier,
     found = [prediction for _, prediction in self.stream(pictures, bs, on_error="raise")]
     return found
 
+def _check_batches(bs: int, workers: int) -> None:
+    "ValueError for numbers that make no sense."
+    if bs < 1 or workers < 1: raise ValueError(f"bs={bs}, workers={workers}; use at least 1")
+
 @patch
 def stream(self: FocusClassifier,
     sources: Iterable,          # pictures, see `open_any`
@@ -195,7 +222,7 @@ def stream(self: FocusClassifier,
     on_error: str = "return",   # a picture that cannot be read: 'return' its error in the prediction's place, or 'raise'
 ) -> Iterator[tuple]:           # (source, Prediction or exception), in order
     "Predict without end: at most three batches of pictures are in memory, whatever the number of sources."
-    if bs < 1 or workers < 1: raise ValueError(f"bs={bs}, workers={workers}; use at least 1")
+    _check_batches(bs, workers)
     if on_error not in ("return", "raise"): raise ValueError(f"on_error={on_error!r}; use 'return' or 'raise'")
     waiting, sources = deque(), iter(sources)
     with ThreadPoolExecutor(workers) as pool:
@@ -241,29 +268,55 @@ def find_pictures(
     paths: Iterable[str],       # files, folders (with all below them), patterns such as 'birds/**/*.jpg', or '-': a list on `lines`
     lines: Iterable[str] = (),  # a path a line
     rank: int = 0, world: int = 1,  # every `world`-th picture, from the `rank`-th on
+    regions: Path | None = None,    # a folder below that is left out: drawings of an earlier run are no pictures to ask about
 ) -> Iterator[str]:
     "Names of pictures, in a fixed order. What does not exist is named too: opening it says what is wrong."
     if not 0 <= rank < world: raise ValueError(f"rank={rank} of world={world}; ranks count from 0")
-    return islice((name for path in paths for name in _below(path, lines)), rank, None, world)
+    regions = regions and regions.resolve()
+    return islice((name for path in paths for name in _below(path, lines, regions)), rank, None, world)
 
-def _below(path: str, lines: Iterable[str]) -> Iterator[str]:
+def _below(path: str, lines: Iterable[str], regions: Path | None) -> Iterator[str]:
     "The pictures one argument stands for."
     if path == "-":
         for line in lines:
             if line.strip(): yield line.rstrip("\r\n")
-    elif os.path.isdir(path):
-        empty = True
-        for folder, folders, names in os.walk(path):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in sorted(names):
-                if os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith("."):
-                    empty = False
-                    yield os.path.join(folder, name)
-        if empty: yield path
-    elif not os.path.exists(path) and glob.has_magic(path) and (found := sorted(glob.glob(path, recursive=True))): yield from found
+    elif os.path.isdir(path): yield from _folder(path, regions)
+    elif not os.path.exists(path) and glob.has_magic(path) and (found := sorted(glob.glob(path, recursive=True))): yield from _matches(path, found, regions)
     else: yield path
 
+def _folder(path: str, regions: Path | None) -> Iterator[str]:
+    "All pictures below a folder; the folder itself where there are none."
+    empty = True
+    for folder, folders, names in os.walk(path):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and (regions is None or Path(folder, name).resolve() != regions))
+        for name in sorted(names):
+            if os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith("."):
+                empty = False
+                yield os.path.join(folder, name)
+    if empty: yield path
+
+def _matches(pattern: str, found: list[str], regions: Path | None) -> Iterator[str]:
+    "What a pattern has found, each once: a folder stands for the pictures below it, though '**' names those too."
+    start, seen = Path(*takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts)).resolve(), set()
+    drawn = lambda name: regions is not None and start in regions.parents and Path(name).resolve().is_relative_to(regions)
+    for match in found:
+        if drawn(match): continue
+        for name in _folder(match, regions) if os.path.isdir(match) else [match]:
+            if name not in seen: yield name
+            seen.add(name)
+
+
 # %% ../nbs/92_predict.ipynb #92_predict064
+def _check_kind(kind: str) -> None:
+    "ValueError for a kind of rows that is not known."
+    if kind not in ("csv", "jsonl"): raise ValueError(f"format={kind!r}; use 'csv' or 'jsonl'")
+
+def _is_utf8(text: str) -> bool:
+    "False for names of files with bytes that are no UTF-8."
+    try: text.encode()
+    except UnicodeEncodeError: return False
+    return True
+
 class Rows:
     "Writes one row a picture, as CSV or JSON lines."
     def __init__(self,
@@ -272,7 +325,7 @@ class Rows:
         classes: int, boxes: int,  # how many classes the model knows, how many boxes it reports
         header: bool = True,     # CSV: write the names of the columns
     ):
-        if kind not in ("csv", "jsonl"): raise ValueError(f"format={kind!r}; use 'csv' or 'jsonl'")
+        _check_kind(kind)
         self.stream, self.kind, self.boxes, self.top = stream, kind, boxes, min(5, classes)
         self.writer = csv.writer(stream, lineterminator="\n")
         if header and kind == "csv":
@@ -284,7 +337,9 @@ class Rows:
         error = str(found) if isinstance(found, Exception) else None
         if self.kind == "jsonl":
             row = dict(file=str(file)) | (dict(error=error) if error else found.as_dict())
-            return self.stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+            text = json.dumps(row, ensure_ascii=False)
+            if not _is_utf8(text): text = json.dumps(row)      # JSON must be; a stray byte of a name becomes \\udc80 to \\udcff, as Python reads it
+            return self.stream.write(text + "\n")
         if error: return self.writer.writerow([file, *[""] * (1 + 2 * self.top + 2 * self.boxes), error])
         row = found.as_dict()
         self.writer.writerow([file, row["label"], row["probability"], "" if found.sure is None else found.sure,
@@ -298,9 +353,10 @@ def regions_file(
     file: str | Path,    # a picture
     folder: Path,        # where pictures with regions go
 ) -> Path:
-    "Where the picture with its regions is written: the same path below `folder`. ValueError if that is the picture itself."
+    "Where the picture with its regions is written: the same path below `folder`, the full one where '..' is in it. ValueError if that is the picture itself."
     file = Path(file)
-    target = folder.joinpath(*(part for part in file.parts if part not in (file.anchor, "..", ".")))
+    if ".." in file.parts: file = file.resolve()      # ../x.jpg is not x.jpg
+    target = folder.joinpath(*(part for part in file.parts if part != file.anchor))
     if file.suffix.lower() not in _SAVED: target = target.with_name(target.name + ".png")
     if target.exists() and file.exists() and target.samefile(file): raise ValueError(f"regions in {folder} would overwrite {file}; choose another folder")
     return target

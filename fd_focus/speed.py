@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AMPS', 'peak_memory', 'BFloat16', 'CompileBody', 'body_segments', 'CheckpointBody', 'FusedAdam', 'FusedSGD',
-           'keep_memory', 'resolve_amp', 'speed_up']
+           'keep_memory', 'AccumulateGradients', 'resolve_amp', 'speed_up']
 
 # %% ../nbs/71_speed.ipynb #71_speed003
 import os
@@ -20,12 +20,14 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
 from fastai.optimizer import Optimizer
-from fastai.torch_core import to_float
+from fastai.torch_core import find_bs, to_float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 from torch.utils.checkpoint import checkpoint
+
+from .learner import bare
 
 # %% ../nbs/71_speed.ipynb #71_speed006
 def peak_memory(
@@ -77,13 +79,13 @@ class CompileBody(Callback):
     order = ChannelsLast.order + 1
     def __init__(self, **kwargs): self.kwargs, self.compiled, self.of = dict(dynamic=False) | kwargs, None, None   # to `torch.compile`
     def before_fit(self):
-        body = self.model.body
+        body = bare(self.model).body
         if any(isinstance(cb, CheckpointBody) for cb in self.learn.cbs): raise ValueError("compile_body and checkpointing exclude each other; choose one")
         _need_compiler(next(body.parameters()).device.type)
         if self.of is not body:
             body.compile(**self.kwargs)
             self.compiled, self.of = body._compiled_call_impl, body
-    def _use(self, compiled): self.model.body._compiled_call_impl = compiled
+    def _use(self, compiled): bare(self.model).body._compiled_call_impl = compiled
     def before_train(self): self._use(self.compiled)
     def before_validate(self): self._use(None)
     def after_fit(self): self._use(None)
@@ -128,8 +130,10 @@ def _run(layers: list, x: Tensor) -> Tensor:
 
 class CheckpointBody(Callback):
     "Keeps only the borders of the body's blocks for the backward pass; same numbers, more time, less memory."
-    def before_fit(self): self.model.body.forward = _checkpointed(body_segments(self.model.body))
-    def after_fit(self): self.model.body.__dict__.pop("forward", None)
+    def before_fit(self):
+        body = bare(self.model).body
+        body.forward = _checkpointed(body_segments(body))
+    def after_fit(self): bare(self.model).body.__dict__.pop("forward", None)
     def after_cancel_fit(self): self.after_fit()
 
 # %% ../nbs/71_speed.ipynb #71_speed019
@@ -184,6 +188,23 @@ def keep_memory(
     trim, mmaps = -1, -4                                       # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
     return bool(mallopt(mmaps, 0 if on else 65536)) and bool(mallopt(trim, (1 << 31) - 1 if on else 128 << 10))
 
+# %% ../nbs/71_speed.ipynb #71_speed024c
+class AccumulateGradients(GradientAccumulation):
+    "fastai's, but an epoch hands no gradients on: its last batch takes a step with what is left."
+    def before_fit(self):
+        super().before_fit()
+        self.opt.zero_grad()               # a fit that was stopped may have left some
+    def before_step(self):
+        held = self.count + find_bs(self.yb)
+        if held < self.n_acc and self.iter == self.n_iter - 1:
+            for p in self.model.parameters():
+                if p.grad is not None: p.grad.mul_(self.n_acc / held)      # they were divided by n_acc
+            self.count = self.n_acc        # enough for a step
+        super().before_step()
+    def after_train(self):
+        if self.count: self.opt.zero_grad()    # the epoch was cut short
+        self.count = 0
+
 # %% ../nbs/71_speed.ipynb #71_speed026
 AMPS = ("auto", "fp32", "bf16")
 
@@ -212,7 +233,7 @@ def speed_up(
         for cb in list(learn.cbs):
             if isinstance(cb, kind): learn.remove_cb(cb)
     chosen = [(channels_last, ChannelsLast), (amp == "bf16", BFloat16), (compile_body, CompileBody), (checkpointing, CheckpointBody),
-              (accumulate > 1, lambda: GradientAccumulation(accumulate * learn.dls.train.bs))]
+              (accumulate > 1, lambda: AccumulateGradients(accumulate * learn.dls.train.bs))]
     learn.add_cbs([make() for wanted, make in chosen if wanted])
     if not channels_last: learn.model.to(memory_format=torch.contiguous_format)
     return learn

@@ -1,4 +1,5 @@
 "The app in a real browser, its handler with every kind of picture, and the notebook widget."
+import json
 import os
 import shutil
 import signal
@@ -189,15 +190,55 @@ def test_the_page_asks_nobody_else(browser, page):
     assert [name for name in asked if not name.startswith((page, "data:", "blob:"))] == []
 
 
-def test_a_file_that_is_too_large_is_refused(page):
+def send(page, content):
+    "Upload a file without a browser."
     boundary = "x1y2z3"
-    def send(size):
-        body = f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\nContent-Type: image/png\r\n\r\n'.encode() + bytes(size) + f"\r\n--{boundary}--\r\n".encode()
-        request = urllib.request.Request(f"{page}/gradio_api/upload", body, {"Content-Type": f"multipart/form-data; boundary={boundary}"})
-        return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=20)
-    assert send(1000).status == 200
-    with pytest.raises(urllib.error.HTTPError) as refused: send(2 * 2**20)
+    body = f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\nContent-Type: image/png\r\n\r\n'.encode() + content + f"\r\n--{boundary}--\r\n".encode()
+    request = urllib.request.Request(f"{page}/gradio_api/upload", body, {"Content-Type": f"multipart/form-data; boundary={boundary}"})
+    return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=20)
+
+
+def test_a_file_that_is_too_large_is_refused(page):
+    assert send(page, bytes(1000)).status == 200
+    with pytest.raises(urllib.error.HTTPError) as refused: send(page, bytes(2 * 2**20))
     assert refused.value.code == 413 and b"exceeded" in refused.value.read()
+
+
+def get(address, body=None):
+    request = urllib.request.Request(address, body and json.dumps(body).encode(), {"Content-Type": "application/json"})
+    return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60)
+
+
+def asked(page, event, *data):
+    "What the server answers to an event that no browser sent."
+    session = f"s{time.monotonic_ns()}"
+    get(f"{page}/gradio_api/queue/join", dict(data=data, fn_index=event, session_hash=session))
+    for line in get(f"{page}/gradio_api/queue/data?session_hash={session}"):
+        message = json.loads(line[6:]) if line.startswith(b"data: ") else {}
+        if message.get("msg") == "process_completed": return message["output"]
+    raise AssertionError("no answer")
+
+
+def test_only_uploads_and_examples_are_opened(page, classifier, folder, place):
+    "Every event that takes a photograph, asked for a picture of somebody else, for none, and for things that are no path."
+    config = json.load(get(f"{page}/config"))
+    photo = next(c["id"] for c in config["components"] if c["props"].get("elem_id") == "photo")
+    events = [event["id"] for event in config["dependencies"] if event["inputs"] == [photo]]
+    assert len(events) == 3                                   # upload, clear, an example was loaded
+    secret = place / "secret.jpg"
+    bird(4).save(secret)
+    (place / "uploads").mkdir(exist_ok=True)
+    (place / "uploads" / "link.jpg").symlink_to(secret)
+    names = [str(secret), f"{secret}.gone", f"{place}/uploads/../secret.jpg", f"{place}/uploads/link.jpg", "/", ""]
+    for event in events:
+        answers = [asked(page, event, dict(path=name)) for name in names] + [asked(page, event, dict(url="x"))]
+        assert all("did not arrive" in (said := json.dumps(answer)) and "secret" not in said and "base64" not in said for answer in answers), answers
+        assert {answer["data"][0] for answer in answers} == {answers[0]["data"][0]}
+    sent = dict(path=json.load(send(page, secret.read_bytes()))[0], orig_name="a.png", meta={"_type": "gradio.FileData"})
+    assert f'data-label="{classifier.predict(secret).label}"' in asked(page, events[0], sent)["data"][0]
+    click = next(event["id"] for event in config["dependencies"] if event["inputs"] != [photo] and photo in event["outputs"])
+    shown = asked(page, click, 1)["data"][0]["value"]
+    assert f'data-label="{classifier.predict(example_files(folder)[1]).label}"' in asked(page, events[-1], shown)["data"][0]
 
 
 def test_it_listens_on_this_machine_alone(page):
@@ -234,7 +275,8 @@ def test_heat_lies_over_the_view(classifier):
     assert inside[5, -5] > 500 and inside[-5, 5] < 50
 
 
-def test_plain_model_and_its_words(place, classifier):
+def test_plain_model_and_its_words(place, classifier, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(place))         # what lies there counts as uploaded
     pytest.importorskip("gradio", reason="gradio is not installed: pip install 'fd_focus[app]'")
     dls = FocusDataLoaders.from_folder(place / "birds", image_size=64, bs=2, num_workers=0)
     save_focus(focus_learner(dls, "toy_resnet", pretrained=False, plain=True), place / "plain", "toy_resnet")

@@ -1,4 +1,5 @@
 "The commands as a user types them: what they write, and what they say of bad input."
+import inspect
 import json
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fd_focus.cli import fd_focus_train
 from fd_focus.export import load_focus
 from fd_focus.run import Settings, make_learner
 from fd_focus.toy import ToyBirds
@@ -60,6 +62,25 @@ def test_train_method_and_plain(folder, tmp_path):
         assert model(torch.rand(2, 3, 64, 64)).shape == (2, 3)
     run = command("fd_focus_compare", tmp_path / "focus", tmp_path / "plain")
     assert run.returncode == 0 and run.stdout.count("%") == 2
+
+
+def test_one_process_under_torchrun_is_calibrated(tmp_path, monkeypatch, capsys):
+    "It sees all validation pictures, whoever started it."
+    for name, value in dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0").items(): monkeypatch.setenv(name, value)
+    fd_focus_train(arch="toy_resnet", image_size=48, epochs=1, bs=8, n_classes=3, images_per_class=8, valid_per_class=4, examples=0, out=str(tmp_path / "run"))
+    config = json.loads((tmp_path / "run/model/config.json").read_text())
+    assert config["temperature"] > 0 and "threshold" in config and "not calibrated" not in capsys.readouterr().out
+
+
+def test_flags_of_another_program_are_not_read(tmp_path, monkeypatch):
+    "A notebook's kernel has arguments too: `--f=...` would have begun `fusion`, and `--epochs=7` been a flag."
+    from fd_focus.cli import _given
+    values = {name: parameter.default for name, parameter in inspect.signature(fd_focus_train.__wrapped__).parameters.items()}
+    words = ["--f=/run/kernel-1.json", "--epochs=7"]
+    monkeypatch.setattr(sys, "argv", ["/lib/ipykernel_launcher.py", *words])
+    assert _given(fd_focus_train, values | dict(bs=8)) == {"bs"}
+    monkeypatch.setattr(sys, "argv", ["/bin/fd_focus_train", *words])
+    assert {"fusion", "epochs"} <= _given(fd_focus_train, values)
 
 
 def test_folder_settings_reach_the_data(folder, tmp_path):

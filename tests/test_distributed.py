@@ -120,6 +120,12 @@ def test_each_sees_one_half(two):
     assert len(set(orders)) == 4                        # shuffled anew each time
 
 
+def test_says_that_it_is_not_calibrated(two):
+    said, config = (two / "run.0.log").read_text(), json.loads((two / "run/model/config.json").read_text())
+    assert said.count("not calibrated: each of several processes sees a share") == 1
+    assert "temperature" not in config and "threshold" not in config
+
+
 def test_same_accuracy_as_one(two, easy, finish, tmp_path):
     alone = {}
     for seed in (0, 1):
@@ -181,6 +187,12 @@ def test_ctrl_c_in_one_stops_both_and_one_goes_on(easy, start, finish, tmp_path)
     statuses, said = finish(out, 1, resume=True)
     assert statuses == [0] and "the checkpoint is of 2 process(es), now there are 1" in said
     assert summary(out)["epochs_trained"] == 4
+
+
+def test_checkpointing_together(odd, finish, tmp_path):
+    "The network is wrapped while the option takes its hands off the body."
+    statuses, said = finish(tmp_path / "run", epochs=1, checkpointing=True, **odd)
+    assert statuses == [0, 0], said
 
 
 def test_batches_that_cannot_be_shared(easy, finish, tmp_path):

@@ -102,6 +102,7 @@ def test_folder_of_before(folder):
     (dict(threshold=2), "threshold is 2, but should be a number from 0 to 1"), (dict(squash="yes"), "squash is 'yes'"), (dict(plain=1), "plain is 1, but should be true or false"),
     (dict(format="onnx"), "is not of fd_focus"), (dict(l=2), "does not fit its config.json.*hybrid_head"), (dict(arch="resnet18", m=4), "does not fit its config.json"),
     (dict(classes=["a", "b"]), "tells 3 classes apart, but config.json names 2"), (dict(sha256="0"), "its sha256 differs"),
+    *((dict(metrics=dict(accuracy=value)), "metrics is .'accuracy': .*, but should be a table, its accuracy a number or null") for value in ("0.9", [.9], True, float("nan"))),
     (dict(plain=True), "does not fit its config.json.*Unexpected"), (dict(arguments=["lens"], lens=3), "uses lens, which this version does not know: pip install --upgrade")])
 def test_foreign_values(folder, values, message):
     change(folder, **values)
@@ -196,6 +197,21 @@ def test_card(dls, tmp_path):
     code = card.split("```python\n")[1].split("```")[0]
     Image.new("RGB", (80, 80)).save(tmp_path / "photograph.jpg")
     exec(code.replace("this/folder", str(folder)).replace("photograph.jpg", str(tmp_path / "photograph.jpg")), {})
+
+
+def test_a_card_shows_no_picture_of_an_earlier_model(dls, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "regions.png")
+    folder = save_focus(learner(dls), tmp_path / "model", "toy_resnet", picture=tmp_path / "regions.png")
+    save_focus(learner(dls, plain=True), folder, "toy_resnet")
+    assert "regions.png" not in (folder / "README.md").read_text() and not (folder / "regions.png").exists()
+
+
+def test_a_card_is_utf8_whatever_the_machine_writes(folder, monkeypatch):
+    change(folder, classes=["Blaumeise", "Käuzchen", "鷹"])
+    monkeypatch.setattr("pathlib.Path.write_text", lambda path, text, encoding="ascii", **kwargs: path.write_bytes(text.encode(encoding)))
+    monkeypatch.setattr("pathlib.Path.read_text", lambda path, encoding="ascii", **kwargs: path.read_bytes().decode(encoding))
+    write_card(folder)
+    assert "Käuzchen\n鷹" in (folder / "README.md").read_text(encoding="utf-8")
 
 
 def test_hub(folder, tmp_path, monkeypatch):
@@ -340,6 +356,9 @@ def test_what_cannot_be_exported(dls, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="attention='random' looks somewhere else each time"): export_model(net, tmp_path / "model.onnx")
     net = loaded(dls, tmp_path)
     with pytest.raises(ValueError, match="format='tflite'; use 'onnx' or 'torch-export'"): export_model(net, tmp_path / "model.tflite", "tflite")
+    for opset in (11, 99):
+        with pytest.raises(ValueError, match=f"opset={opset} cannot be had: the exporter wrote version 18; use opset=18"): export_model(net, tmp_path / "model.onnx", opset=opset)
+        assert {p.name for p in tmp_path.iterdir()} == {"model"}
     for name in ("onnx", "onnxscript"):
         with monkeypatch.context() as patched:
             patched.setitem(sys.modules, name, None)
@@ -364,6 +383,12 @@ def test_command(saved, data, tmp_path, monkeypatch, capsys):
     assert "ends in .onnx" in message(out="model.bin")
     assert "no file gone.jpg" in message(images=["gone.jpg"])
     assert "n=0" in message(n=0)
+
+
+def test_command_without_pictures(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end: fd_focus_export(model=str(saved), images=["-"])
+    assert "--images -: no pictures to compare on" in end.value.code and not list(tmp_path.iterdir())
 
 
 def test_command_keeps_no_graph_that_differs(saved, tmp_path, monkeypatch):

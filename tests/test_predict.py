@@ -147,6 +147,9 @@ def test_kinds_of_pictures(model, birds):
     kinds = [str(file), image, array, tensor, tensor / 255, file.read_bytes(), io.BytesIO(file.read_bytes())]
     for found in [classifier.predict(kind) for kind in kinds] + classifier.predict(kinds[:5]) + classifier.predict(tensor[None]) + classifier.predict(array[None]):
         assert torch.allclose(found.probabilities, want.probabilities, atol=1e-5) and torch.equal(found.boxes, want.boxes)
+    wide = [array.astype(np.uint16) * 257, torch.from_numpy(array.astype(np.uint16) * 257).permute(2, 0, 1), tensor.bfloat16() / 255, tensor.half() / 255]
+    for kind, tolerance in zip(wide, (1e-5, 1e-5, .1, .1)):                 # half precision has 8 and 11 bits of 8
+        assert torch.allclose(classifier.predict(kind).probabilities, want.probabilities, atol=tolerance)
     grey = np.asarray(image.convert("L"))
     assert torch.equal(classifier.predict(grey).probabilities, classifier.predict(np.stack([grey] * 3, -1)).probabilities)
     turned = image.rotate(90, expand=True)
@@ -164,10 +167,50 @@ def test_bad_pictures(model, tmp_path):
     (tmp_path / "cut.jpg").write_bytes(whole.getvalue()[:2000])
     for source, message in ((tmp_path / "text.jpg", "text.jpg cannot be read as a picture"), (tmp_path / "cut.jpg", "cut.jpg cannot be read.*truncated"),
                             (tmp_path, "cannot be read as a picture.*Is a directory"), (np.zeros((4, 4, 7)), "shape .4, 4, 7.; give an array"),
-                            (torch.full((3, 8, 8), 9.), "give 0 to 1"), (torch.full((3, 8, 8), float("nan")), "give 0 to 1"), (None, "give a path")):
+                            (torch.full((3, 8, 8), 9.), "give 0 to 1"), (torch.full((3, 8, 8), float("nan")), "give 0 to 1"), (None, "give a path"),
+                            (np.zeros((9, 9, 3), np.int32), "a picture of int32; give uint8"), (np.zeros((9, 9, 3), bool), "a picture of bool"),
+                            (torch.zeros(3, 9, 9, dtype=torch.complex64), "a picture of complex64"), (io.StringIO("no picture"), "cannot be read")):
         with pytest.raises(ValueError, match=message): classifier.predict(source)
     with pytest.raises(FileNotFoundError, match="no file .*gone.jpg"): classifier.predict(tmp_path / "gone.jpg")
     with pytest.raises(ValueError, match="bs=0"): classifier.predict([], bs=0)
+
+
+def test_streams_that_cannot_go_back(model, birds):
+    "A pipe is read once; the model asks twice, for the picture and for its size."
+    file = sorted(birds.rglob("*.jpg"))[0]
+    classifier = FocusClassifier.load(model, "cpu")
+    assert classifier.min_side
+    want = classifier.predict(file)
+    def piped(mode="rb"):
+        reading, writing = os.pipe()
+        threading.Thread(target=lambda: open(writing, "wb").write(file.read_bytes())).start()
+        return open(reading, mode, **({} if "b" in mode else dict(encoding="latin1")))
+    class Bare:                                                              # as of an HTTP client: it reads, and that is all
+        def read(self, *args): return file.read_bytes()
+    for stream in (piped(), Bare()):
+        found = classifier.predict(stream)
+        assert torch.equal(found.probabilities, want.probabilities) and found.size == want.size
+    with pytest.raises(ValueError, match="open it with 'rb'"): classifier.predict(piped("r"))
+
+
+def test_a_device_that_is_not_there(model):
+    names = ["gpu", "abacus"] + ([] if torch.cuda.is_available() else ["cuda", "cuda:1"])
+    for name in names:
+        with pytest.raises(ValueError, match=f"device='{name}' cannot be used here; use 'cpu'"): FocusClassifier.load(model, name)
+
+
+def test_augmentations_that_leave_validation_alone(birds, tmp_path, recwarn):
+    "fastai's usual recipe: flips and warps on the batch, which validation does not pass through."
+    from fastai.vision.augment import Flip, aug_transforms
+    dls = FocusDataLoaders.from_folder(birds, image_size=64, bs=4, num_workers=0, item_tfms=[Resize(64)], batch_tfms=aug_transforms())
+    assert any(type(transform) is Flip for transform in dls.valid.after_batch.fs)
+    learn, folder = make(dls, tmp_path / "model")
+    assert not [w for w in recwarn if "cannot record" in str(w.message)]
+    items = list(dls.valid_ds.items)
+    found = FocusClassifier.load(folder, "cpu").predict([birds / item for item in items])
+    assert torch.allclose(torch.stack([f.probabilities for f in found]), expected(learn, dls.test_dl(items)), atol=1e-4)
+    sized = FocusDataLoaders.from_folder(birds, image_size=64, bs=4, num_workers=0, item_tfms=[Resize(80)], batch_tfms=aug_transforms(size=64))
+    with pytest.warns(UserWarning, match="Flip, which a model folder cannot record"): make(sized, tmp_path / "sized")
 
 
 def test_temperature_and_threshold(birds, tmp_path):
@@ -284,7 +327,7 @@ def here(capsys, monkeypatch, *paths, stdin="", **kwargs):
     "The command in this process: exit status, standard output and error."
     monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
     model, *paths = map(str, paths)
-    try: fd_focus_predict(model=model, paths=paths, device="cpu", **kwargs)
+    try: fd_focus_predict(**dict(model=model, paths=paths, device="cpu") | kwargs)
     except SystemExit as end: status = end.code
     else: status = 0
     told = capsys.readouterr()
@@ -306,6 +349,80 @@ def test_processes_share_the_list(model, birds, tmp_path, capsys, monkeypatch):
     assert status == 0 and [json.loads(line)["file"] for line in (tmp_path / "rows.rank1.jsonl").read_text().splitlines()] == names[1]
     status, _, told = here(capsys, monkeypatch, model, "-")
     assert status == 1 and "cannot share a list on the standard input" in told
+    for share, place in ((dict(rank=0), 0), (dict(world=2), 1)):              # what is not said comes from the environment
+        status, lines, told = here(capsys, monkeypatch, model, birds, format="jsonl", **share)
+        assert [json.loads(line)["file"] for line in lines] == names[place]
+
+
+def test_a_picture_that_fails_does_not_end_the_other_processes(model, tmp_path, capsys, monkeypatch):
+    "torchrun ends all where one has another status than 0; a share may also be empty."
+    (tmp_path / "text.jpg").write_text("no picture")
+    assert here(capsys, monkeypatch, model, tmp_path)[0] == 1
+    assert here(capsys, monkeypatch, model, tmp_path, rank=0, world=2)[0] == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, word in (("0", "1 could not be read"), ("1", "no pictures were given")):
+        monkeypatch.setenv("RANK", rank)
+        status, _, told = here(capsys, monkeypatch, model, tmp_path)
+        assert status == 0 and word in told
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    assert here(capsys, monkeypatch, model, tmp_path)[0] == 1
+
+
+def test_a_typo_does_not_empty_an_earlier_result(model, birds, tmp_path, capsys, monkeypatch):
+    (tmp_path / "rows.csv").write_text("earlier")
+    for wrong in (dict(format="xml"), dict(bs=0), dict(workers=0), dict(rank=3, world=2)):
+        assert here(capsys, monkeypatch, model, birds, **{"out": str(tmp_path / "rows.csv")} | wrong)[0] == 1
+        assert [file.read_text() for file in tmp_path.iterdir()] == ["earlier"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text elsewhere")
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_names_that_are_not_utf8(model, birds, tmp_path, kind):
+    "A name in Latin-1 goes in by a folder or a list, and comes out as it is: bytes in CSV, an escape in JSON."
+    good = sorted(birds.rglob("*.jpg"))[0]
+    names = [os.fsencode(tmp_path) + name for name in (b"/caf\xe9.jpg", b"/caf\xe9.txt", "/café.jpg".encode())]
+    for name in (names[0], names[2]):
+        with open(name, "wb") as file: file.write(good.read_bytes())
+    run = subprocess.run([*starter("fd_focus_predict"), model, "-", tmp_path, "--device", "cpu", "--format", kind, "--out", tmp_path / "rows", "--regions", tmp_path / "seen"],
+                         input=b"\n".join(names), capture_output=True)
+    assert run.returncode == 1 and b"5 pictures, 1 could not be read" in run.stderr, run.stderr
+    piped = subprocess.run([*starter("fd_focus_predict"), model, "-", "--device", "cpu", "--format", kind], input=b"\n".join(names), capture_output=True).stdout
+    for data, wanted in (((tmp_path / "rows").read_bytes(), [*names, names[2], names[0]]), (piped, names)):
+        lines = data.splitlines()[kind == "csv":]
+        assert [line.split(b",")[0] if kind == "csv" else os.fsencode(json.loads(line.decode())["file"]) for line in lines] == wanted
+
+
+def test_drawings_are_no_pictures_to_ask_about(model, birds, tmp_path, capsys, monkeypatch):
+    "The same command twice, with the regions below the pictures: by folder and by pattern."
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.jpg").write_bytes(sorted(birds.rglob("*.jpg"))[0].read_bytes())
+    monkeypatch.chdir(tmp_path / "a")
+    for path in (".", "..", "**/*.jpg", "*", "../*"):
+        count = 2 if path.startswith("..") else 1
+        for again in range(2):
+            status, lines, told = here(capsys, monkeypatch, model, path, regions="../a/seen")
+            assert status == 0 and len(lines) == 1 + count, (path, lines)
+    status, lines, _ = here(capsys, monkeypatch, model, "seen")               # unless that is what is asked
+    assert len(lines) > 1
+
+
+def test_pictures_of_the_same_name_have_drawings_of_their_own(model, tmp_path, capsys, monkeypatch):
+    (tmp_path / "below").mkdir()
+    for size, place in (((70, 60), tmp_path), ((90, 50), tmp_path / "below")): Image.new("RGB", size).save(place / "x.jpg")
+    monkeypatch.chdir(tmp_path / "below")
+    assert here(capsys, monkeypatch, model, "x.jpg", "../x.jpg", regions="seen")[0] == 0
+    assert sorted(tmp_path.glob("below/seen/**/*.jpg")) == sorted([tmp_path / "below/seen/x.jpg", tmp_path / "below/seen" / (tmp_path / "x.jpg").relative_to("/")])
+    assert Image.open("seen/x.jpg").size == Image.open("x.jpg").size != Image.open("../x.jpg").size
+
+
+def test_a_pattern_that_matches_folders(model, birds, capsys, monkeypatch):
+    "Quoted, so that no shell has expanded it: the pictures below, each once."
+    files = sorted(map(str, birds.rglob("*.jpg")))
+    for pattern in ("*", "**", "**/*"):
+        status, lines, told = here(capsys, monkeypatch, model, f"{birds}/{pattern}", format="jsonl")
+        assert status == 0 and sorted(json.loads(line)["file"] for line in lines) == files
 
 
 def test_bad_arguments(model, birds, tmp_path, capsys, monkeypatch):
@@ -319,6 +436,7 @@ def test_bad_arguments(model, birds, tmp_path, capsys, monkeypatch):
     assert "bs=0" in message(model, birds, bs=0)
     assert "workers=0" in message(model, birds, workers=0)
     assert "rank=2 of world=2" in message(model, birds, rank=2, world=2)
+    assert "device='gpu' cannot be used here; use 'cpu'" in message(model, birds, device="gpu")
     assert "would overwrite" in message(model, birds, regions="/")
     (tmp_path / "file").write_text("")
     assert str(tmp_path / "file") in message(model, birds, out=str(tmp_path / "file" / "rows.csv"))

@@ -16,11 +16,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from fastai.callback.core import Callback
 from safetensors.torch import load_file
 
-from fd_focus.checkpoint import read_checkpoint
+from fd_focus.checkpoint import Checkpoint, read_checkpoint
 from fd_focus.cli import fd_focus_train
-from fd_focus.run import Settings, train
+from fd_focus.run import Settings, make_learner, train
 from fd_focus.toy import ToyBirds
 
 BIN = Path(sys.executable).parent
@@ -173,6 +174,42 @@ def test_every_recipe(start, finish, tmp_path, settings):
     assert same(tmp_path / "whole", out)
 
 
+class Stop(Callback):
+    "Ends a fit after a number of batches, as a kill does."
+    def __init__(self, batch): self.batch = batch
+    def after_batch(self):
+        if self.train_iter == self.batch: raise KeyboardInterrupt
+
+
+def fit(settings, *cbs, epochs=None, learn=None):
+    learn = learn or make_learner(settings)
+    with learn.no_bar(), learn.no_logging(): learn.fit(epochs or settings.epochs, 1e-3, cbs=list(cbs))
+    return learn
+
+
+@pytest.mark.parametrize("accumulate", [2, 5])
+def test_accumulated_gradients_end_with_the_epoch(tmp_path, accumulate):
+    "Three batches an epoch and two, or five, to a step: nothing is carried over the boundary at which a run goes on."
+    settings = Settings(**TINY | dict(epochs=3, images_per_class=7), accumulate=accumulate)
+    undisturbed = fit(settings)
+    with pytest.raises(KeyboardInterrupt): fit(settings, Checkpoint(tmp_path), Stop(5))
+    assert read_checkpoint(tmp_path / "checkpoint.pt")["epoch"] == 1
+    resumed = fit(settings, Checkpoint(tmp_path, resume=True))
+    first, second = undisturbed.model.state_dict(), resumed.model.state_dict()
+    assert len(undisturbed.dls.train) == 3 and all(first[name].equal(second[name]) for name in first)
+    assert not first["image_head.weight"].equal(make_learner(settings).model.state_dict()["image_head.weight"])
+
+
+def test_an_interrupted_resumed_fit_leaves_no_epoch_out_of_the_next(tmp_path):
+    settings = Settings(**TINY | dict(epochs=3))
+    with pytest.raises(KeyboardInterrupt): fit(settings, Checkpoint(tmp_path), Stop(12))
+    learn = make_learner(settings)
+    with pytest.raises(KeyboardInterrupt): fit(settings, Checkpoint(tmp_path, resume=True), Stop(12), learn=learn)
+    assert len(learn.recorder.values) == 2                        # it had gone on from there
+    fit(settings, epochs=1, learn=learn)
+    assert len(learn.recorder.values) == 1 and len(learn.recorder.lrs) == 5
+
+
 def test_killed_while_writing_a_checkpoint(whole, start, finish, tmp_path):
     out = tmp_path / "run"
     process = start(out, slow_writing, 2, **TINY)
@@ -298,11 +335,11 @@ def typed(words): sys.argv[:] = words
 def test_typed_defaults_win_too(finish, tmp_path):
     "`--bs=32` is the default, but it was typed; so was `--ep`, in short."
     config = tmp_path / "settings.yaml"
-    config.write_text("epochs: 3\nbs: 8\nm: 5\nmark_size: 2\ndata: nowhere\n")
+    config.write_text("epochs: 3\nbs: 8\nm: 5\nsigma: 2\ndata: nowhere\n")
     status, said = finish(tmp_path / "run", typed, ["fd_focus_train", "--config", str(config), "--ep", "15", "--bs=32"], config=str(config))
     assert status == 1 and "no folder nowhere" in said
     recorded = yaml.safe_load((tmp_path / "run/settings.yaml").read_text())
-    assert [recorded[name] for name in ("epochs", "bs", "m", "mark_size")] == [15, 32, 5, 2.]
+    assert [recorded[name] for name in ("epochs", "bs", "m", "sigma")] == [15, 32, 5, 2.]
 
 
 def test_bad_settings(tmp_path):

@@ -12,7 +12,7 @@ from fd_focus.learner import focus_learner
 from fd_focus.loss import FocusLoss
 from fd_focus.model import FocusNet, toy_resnet
 from fd_focus.regions import propose_from_table, region_grid, suppression_table
-from fd_focus.speed import BFloat16, CompileBody, FusedAdam, body_segments, speed_up
+from fd_focus.speed import AccumulateGradients, BFloat16, CheckpointBody, CompileBody, FusedAdam, body_segments, speed_up
 from fd_focus.zoom import zoom
 
 
@@ -145,9 +145,56 @@ def test_speed_up_replaces_an_earlier_choice(dls):
     learn = focus_learner(dls, "toy_resnet", pretrained=False)
     kinds = lambda: [type(cb).__name__ for cb in learn.cbs]
     speed_up(speed_up(learn, amp="bf16", accumulate=2), amp="bf16")
-    assert kinds().count("BFloat16") == 1 and "GradientAccumulation" not in kinds()
+    assert kinds().count("BFloat16") == 1 and "AccumulateGradients" not in kinds()
     speed_up(learn)
     assert "BFloat16" not in kinds()
+    from fastai.callback.training import GradientAccumulation
+    learn.add_cb(GradientAccumulation(32))                       # somebody's own choice
+    speed_up(learn, accumulate=3)
+    assert "GradientAccumulation" not in kinds() and kinds().count("AccumulateGradients") == 1
+
+
+@pytest.mark.parametrize("accumulate,ratios", [(3, [1, 3]), (9, [9 / 4]), (2, [1, 1])])
+def test_an_epoch_uses_all_its_gradients(accumulate, ratios):
+    "Four batches an epoch: each step's gradients are the mean over its pictures, also where an epoch has fewer batches than a step wants."
+    four = FocusDataLoaders.from_toy(images_per_class=8, valid_per_class=1, n_classes=4, image_size=64, bs=8)
+    found = []
+    class Watch(Callback):
+        order = 50
+        def after_backward(self): self.summed = self.model.image_head.weight.grad.norm().item()
+        def before_step(self): found.append(self.model.image_head.weight.grad.norm().item() / self.summed)
+    learn = speed_up(focus_learner(four, "toy_resnet", pretrained=False, cbs=[Watch()]), accumulate=accumulate)
+    before = learn.model.image_head.weight.detach().clone()
+    with quiet(learn): learn.fit(2, 1e-3)
+    assert found == pytest.approx(2 * ratios) and not learn.model.image_head.weight.equal(before)
+
+
+def test_gradients_of_a_stopped_fit_are_forgotten(dls):
+    class Stop(Callback):
+        order = 100
+        def after_batch(self): raise KeyboardInterrupt
+    learn = speed_up(focus_learner(dls, "toy_resnet", pretrained=False), accumulate=2)
+    with quiet(learn):
+        with pytest.raises(KeyboardInterrupt): learn.fit(1, 1e-3, cbs=[Stop()])
+        assert learn.model.image_head.weight.grad.any()
+        class Look(Callback):
+            def before_train(self): assert all(p.grad is None or not p.grad.any() for p in self.model.parameters())
+        learn.fit(1, 1e-3, cbs=[Look()])
+
+
+@pytest.mark.parametrize("make", [CheckpointBody, lambda: CompileBody(backend="eager")], ids=["checkpointing", "compile"])
+def test_options_find_the_body_of_a_wrapped_model(dls, tmp_path, monkeypatch, make):
+    "Several processes train a network that is wrapped, and it may be wrapped when the callbacks clean up."
+    import fd_focus.speed as speed
+    monkeypatch.setattr(speed, "_need_compiler", lambda device: None)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    try:
+        learn = focus_learner(dls, "toy_resnet", pretrained=False, cbs=[make()])
+        body, _ = learn.model.body, learn.create_opt()
+        learn.model = torch.nn.parallel.DistributedDataParallel(learn.model, find_unused_parameters=True)
+        with quiet(learn): learn.fit(1, 1e-3)
+        assert "forward" not in vars(body) and body._compiled_call_impl is None
+    finally: torch.distributed.destroy_process_group()
 
 
 def test_compile_asks_for_a_compiler_before_training(dls, monkeypatch):
@@ -180,7 +227,7 @@ def test_settings_choose_the_options():
     base = dict(data="toy", arch="toy_resnet", image_size=64, epochs=1, bs=16, images_per_class=4, n_classes=4)
     kinds = lambda **options: {type(cb).__name__ for cb in make_learner(Settings(**base, **options)).cbs}
     assert "ChannelsLast" in kinds()
-    assert {"BFloat16", "CheckpointBody", "GradientAccumulation"} <= kinds(amp="bf16", checkpointing=True, accumulate=2)
+    assert {"BFloat16", "CheckpointBody", "AccumulateGradients"} <= kinds(amp="bf16", checkpointing=True, accumulate=2)
     assert "CompileBody" in kinds(compile_body=True) and "ChannelsLast" not in kinds(channels_last=False)
     for options, message in ((dict(amp="fp8"), "amp='fp8' is none of"), (dict(accumulate=0), "accumulate=0; use a whole number"),
                              (dict(compile_body=True, checkpointing=True), "exclude each other")):
