@@ -268,15 +268,18 @@ def log_callback(
     return Wandb(log_preds=False)
 
 # %% ../nbs/72_run.ipynb #72_run012
-def spread(n: int, k: int) -> list[int]:
-    "`k` of `n` indices, evenly spread."
-    return [int(i * n / min(k, n)) for i in range(min(k, n))]
+def spread(classes: list[int], k: int) -> list[int]:
+    "Indices of `k` pictures, spread over their classes in whatever order they lie."
+    by_class = sorted(range(len(classes)), key=lambda i: classes[i])
+    return [by_class[i * len(classes) // min(k, len(classes))] for i in range(min(k, len(classes)))]
+
+def _classes(dataset) -> list[int]: return [int(label) for label in dataset.tls[1]]
 
 def regions_figure(learn: FocusLearner, k: int = 12):
-    "`k` validation pictures, spread over the set, with regions and attention, titled by prediction. None for the plain backbone."
+    "`k` validation pictures, spread over the classes, with regions and attention, titled by prediction. None for the plain backbone."
     if not hasattr(learn.model, "focus"): return None
     items = list(learn.dls.valid_ds.items)
-    dl = learn.dls.test_dl([items[i] for i in spread(len(items), k)], with_labels=True, bs=k, num_workers=0)
+    dl = learn.dls.test_dl([items[i] for i in spread(_classes(learn.dls.valid_ds), k)], with_labels=True, bs=k, num_workers=0)
     x, y = dl.one_batch()
     focus = look(learn, x)
     short = lambda i: (name := str(learn.dls.vocab[i]))[:24] + ("…" if len(name) > 24 else "")
@@ -314,11 +317,10 @@ def write_examples(
     k: int = 4,              # how many; 0: none
     side: int = 512,         # of a square they fit into, pixels
 ) -> list[Path]:             # the files, numbered and named by class
-    "Validation pictures, spread over the set, as JPEGs that the app can offer, in place of those of an earlier run. ValueError if k < 0."
+    "Validation pictures, spread over the classes, as JPEGs that the app can offer, in place of those of an earlier run. ValueError if k < 0."
     if k < 0: raise ValueError(f"k={k}; use a number of pictures, or 0 for none")
     valid, files = learn.dls.valid_ds, []
-    by_class = sorted(range(len(valid)), key=lambda i: int(valid.tls[1][i]))     # spread over classes, in whatever order they lie
-    for number, i in enumerate((by_class[j] for j in spread(len(valid), k)), 1):
+    for number, i in enumerate(spread(_classes(valid), k), 1):
         picture, label = valid.tls[0][i].convert("RGB"), learn.dls.vocab[int(valid.tls[1][i])]
         picture.thumbnail((side, side))
         files.append(Path(folder) / "examples" / f"{number} {''.join(c if c.isalnum() or c in ' +-_.' else '_' for c in str(label))[:80]}.jpg")
