@@ -23,7 +23,9 @@ def test_command_writes_a_file_and_keeps_other_sections(tmp_path):
     assert "prediction ÷ body alone" in first.stdout
     saved = json.loads(file.read_text())
     assert saved["quick"] and saved["machine"]["threads"] == 1 and {"reading", "prediction"} <= set(saved) and "step" not in saved
-    second = run("--quick", "--only", "step", "--out", str(file), cwd=tmp_path)
+    other = run("--quick", "--only", "step", "--out", str(file), "--threads", "2", cwd=tmp_path)
+    assert other.returncode == 1 and "bench.json has prediction, reading of another machine, device or number of threads" in other.stderr and json.loads(file.read_text()) == saved
+    second = run("--quick", "--only", "step", "--out", str(file), "--threads", "1", cwd=tmp_path)
     assert second.returncode == 0, second.stderr
     both = json.loads(file.read_text())
     assert both["prediction"] == saved["prediction"] and len(both["bars"]) == 3
