@@ -304,14 +304,14 @@ def fd_focus_export(
     model: str,               # model folder, or owner/name on the Hugging Face hub
     format: str = "onnx",     # onnx, or torch-export
     out: str = None,          # file to write; None: model.onnx or model.pt2
-    opset: int = 20,          # version of ONNX's operators
-    images: several("compare on these pictures, folders or patterns; default: 64 toy birds") = None,
+    opset: int = None,        # version of ONNX's operators; 20
+    images: several("compare on these pictures, folders or patterns, or - for a list on the standard input; default: 64 toy birds") = None,
     n: int = 64,              # compare on so many pictures at most
 ):
     "Write image in, probabilities, boxes, scores and attention out as one graph, and check that it answers as PyTorch does."
     _explain(lambda: _export(model, format, out, opset, images, n))
 
-def _export(model: str, format: str, out: str | None, opset: int, images: list | None, n: int):
+def _export(model: str, format: str, out: str | None, opset: int | None, images: list | None, n: int):
     import warnings
     from itertools import islice
     warnings.filterwarnings("ignore")
@@ -324,7 +324,7 @@ def _export(model: str, format: str, out: str | None, opset: int, images: list |
     classifier = FocusClassifier(net, "cpu")
     out = Path(out or f"model{FORMATS[format]}")
     if out.suffix != FORMATS[format]: raise ValueError(f"--out {out}: a file of format {format} ends in {FORMATS[format]}")
-    files = None if images is None else list(islice(find_pictures(images), n))
+    files = None if images is None else list(islice(find_pictures(images, _any_name(sys.stdin) if "-" in images else ()), n))
     if files == []: raise ValueError(f"--images {' '.join(images)}: no pictures to compare on; name files, folders or patterns")
     pixels = toy_images(classifier.input_size, n) if files is None else torch.stack([classifier.pixels(file) for file in files])
     part = export_model(net, out.with_name(f".{out.stem}.unchecked{out.suffix}"), format, opset)

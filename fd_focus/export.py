@@ -318,13 +318,14 @@ def export_model(
     net: FocusNet | PlainNet,    # from `load_focus`
     file: str | Path,
     format: str = "onnx",        # 'onnx', or 'torch-export'
-    opset: int = 20,             # version of ONNX's operators
+    opset: int | None = None,    # version of ONNX's operators; None: 20
 ) -> Path:
     """Write the whole way from pixels to probabilities as one graph, for batches of any size: input `image` (B,3,H,W) from 0 to 1,
     outputs `probabilities`, `boxes`, `scores`, `attention` (a plain model: `probabilities`). ValueError for what cannot be exported."""
     if format not in FORMATS: raise ValueError(f"format={format!r}; use {' or '.join(map(repr, FORMATS))}")
+    if opset is not None and format != "onnx": raise ValueError(f"opset={opset} is for format 'onnx'; leave it out for {format!r}")
     if getattr(net, "attention", "") == "random": raise ValueError("attention='random' looks somewhere else each time: there is nothing to compare an exported graph with")
-    file, pipeline = Path(file), FocusPipeline(net).cpu()
+    file, pipeline, opset = Path(file), FocusPipeline(net).cpu(), 20 if opset is None else opset
     example, dynamic = torch.rand(2, 3, *_input_size(net)), {"image": {0: torch.export.Dim("batch", min=1)}}
     about = {name: json.dumps(net.config[name]) for name in ("classes", "resize", "squash", "input_size", "threshold") if name in net.config}
     file.parent.mkdir(parents=True, exist_ok=True)

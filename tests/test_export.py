@@ -383,10 +383,19 @@ def test_command(saved, data, tmp_path, monkeypatch, capsys):
     assert "ends in .onnx" in message(out="model.bin")
     assert "no file gone.jpg" in message(images=["gone.jpg"])
     assert "n=0" in message(n=0)
+    assert "opset=18 is for format 'onnx'" in message(format="torch-export", opset=18)
+
+
+def test_command_reads_a_list(saved, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{file}\n" for file in sorted((data / "cars_sedan33").rglob("*.jpg"))[:3])))
+    fd_focus_export(model=str(saved), images=["-"], n=2)
+    assert "2 pictures: 2 with the same class" in capsys.readouterr().out
 
 
 def test_command_without_pictures(saved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
     with pytest.raises(SystemExit) as end: fd_focus_export(model=str(saved), images=["-"])
     assert "--images -: no pictures to compare on" in end.value.code and not list(tmp_path.iterdir())
 
