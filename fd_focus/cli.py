@@ -181,8 +181,10 @@ def _train(values: dict, given: set):
         sys.exit(f"fd_focus: {error.strerror}: {error.filename}. The checkpoint of the last whole epoch is kept; when there is room, go on with\n  {again}")
     (out / "checkpoint.pt").unlink()             # all it was for is in model/ now
     name, kept = "plain backbone" if settings.plain else "fd_focus", summary["weights_of_epoch"]
-    print(f"{name}: {100 * summary['accuracy']:.1f} % of {summary['valid_images']} validation pictures right, "
+    judges = "test" if summary["judged_by"] == "test" else "validation"
+    print(f"{name}: {100 * summary['accuracy']:.1f} % of {summary['valid_images']} {judges} pictures right, "
           f"{summary['seconds']:.0f} s, {summary['images_per_second']:.0f} images/s; report in {out}")
+    if sure and judges == "test": print("the model's temperature and threshold were fitted on these test pictures: how well calibrated it is, others must tell")
     if settings.keep_best: print(f"weights of epoch {kept} of {summary['epochs_trained']}, chosen on these pictures: their accuracy flatters")
     elif settings.early_stop and kept < settings.epochs: print(f"stopped early, after epoch {kept} of {settings.epochs}; weights of the last epoch")
 

@@ -72,6 +72,14 @@ def test_one_process_under_torchrun_is_calibrated(tmp_path, monkeypatch, capsys)
     assert config["temperature"] > 0 and "threshold" in config and "not calibrated" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("split, warned", [("valid", False), ("test", True)])
+def test_says_which_pictures_judged(tmp_path, capsys, split, warned):
+    fd_focus_train(arch="toy_resnet", image_size=48, epochs=1, bs=8, n_classes=3, images_per_class=8, valid_per_class=4, examples=0, split=split, out=str(tmp_path / "run"))
+    said = capsys.readouterr().out
+    assert f"of 12 {dict(valid='validation', test='test')[split]} pictures right" in said
+    assert ("fitted on these test pictures" in said) == warned
+
+
 def test_flags_of_another_program_are_not_read(tmp_path, monkeypatch):
     "A notebook's kernel has arguments too: `--f=...` would have begun `fusion`, and `--epochs=7` been a flag."
     from fd_focus.cli import _given
