@@ -9,6 +9,7 @@ __all__ = ['body_and_heads', 'bare', 'over_processes', 'LossParts', 'LossPart', 
 
 # %% ../nbs/70_learner.ipynb #70_learner003
 import math
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,10 +19,10 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 from fastcore.foundation import L
-from fastai.callback.core import Callback
-from fastai.callback.mixup import MixUp
+from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.mixup import MixHandler, MixUp
 from fastai.callback.schedule import *   # noqa: F403 -- patches fit_one_cycle, fine_tune, lr_find into Learner
-from fastai.callback.tracker import EarlyStoppingCallback, TrackerCallback
+from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback, TrackerCallback
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize
 from fastai.interpret import ClassificationInterpretation
@@ -33,9 +34,9 @@ from fastai.vision.core import TensorImage
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .data import open_image
+from .data import DataWarning, open_image
 from .loss import FocusLoss
-from .model import Focus, FocusNet, PlainNet
+from .model import Focus, FocusNet, PlainNet, _own
 from .plot import plot_focus
 
 # %% ../nbs/70_learner.ipynb #70_learner006
@@ -128,11 +129,12 @@ class StopOnNaN(Callback):
         here = torch.where(torch.isfinite(loss), torch.inf, float(self.iter + 1))
         if self.first is None: self.first, self.value = here, loss
         else: self.first, self.value = torch.minimum(self.first, here), torch.where(here < self.first, loss, self.value)
-        if (self.iter + 1) % (self.every or (1 if loss.device.type == "cpu" else 50)) == 0: self.look()
+        if (self.iter + 1) % (self.every or (1 if loss.device.type == "cpu" or hasattr(self.learn, "lr_finder") else 50)) == 0: self.look()
     def after_train(self): self.look()
     def look(self):
         "Read the note (a device is waited for here) and raise where there is one."
         if self.first is None or math.isinf(batch := float(self.first)): return
+        if hasattr(self.learn, "lr_finder"): raise CancelFitException      # it puts the weights back
         raise FloatingPointError(f"the loss became {float(self.value)} in epoch {self.epoch + 1}, batch {int(batch)}, at learning rate "
                                  f"{self.lrs[int(batch) - 1]:.1e}: try a smaller one, or look for broken values in the pictures")
 
@@ -152,6 +154,9 @@ class SmoothOnDevice(Callback):
 
 class PassTarget(Callback):
     "Gives the network the true classes in training (attention='single')."
+    def before_fit(self):
+        if any(isinstance(cb, MixHandler) for cb in self.learn.cbs):
+            raise ValueError("MixUp and CutMix blend two classes, but attention='single' looks for one true class: use attention='max', or leave them out")
     def before_batch(self):
         if self.training: self.learn.xb = (*self.xb, self.y.as_subclass(Tensor))
 
@@ -176,6 +181,10 @@ def look(
 
 class FocusLearner(Learner):
     "A fastai Learner whose `show_results` draws regions and attention."
+    def _do_fit(self):
+        try: super()._do_fit()
+        finally:       # an error or Ctrl-C skips every callback's `after_fit`
+            if isinstance(net := bare(self.model), FocusNet): net.first_look_only = False
     def show_results(self, ds_idx=1, dl=None, max_n=6, shuffle=True, **kwargs):
         "Pictures with their top-4 regions and attention, titled 'true / predicted' (green where right)."
         if not hasattr(self.model, "focus"): return super().show_results(ds_idx, dl, max_n, shuffle, **kwargs)
@@ -212,6 +221,14 @@ def see(self: FocusLearner,
     return torch.cat([x for x, _ in batches]), type(batches[0][1])(**joined)
 
 # %% ../nbs/70_learner.ipynb #70_learner015
+def _normalise(dls: DataLoaders, stats: tuple, arch) -> None:
+    "Normalise batches with the body's (mean, std); where they are normalised otherwise already, say so."
+    given = [t for t in dls.after_batch.fs if isinstance(t, Normalize)]
+    if not given: return dls.add_tfms([Normalize.from_stats(*stats)], "after_batch")
+    mean, std = ([round(v, 3) for v in part.flatten().tolist()] for part in (given[0].mean, given[0].std))
+    if [mean, std] != [[round(v, 3) for v in part] for part in stats]:
+        warnings.warn(f"dls normalises with mean {mean} and std {std}, but {arch} was made for {stats[0]} and {stats[1]}: make new DataLoaders for it", DataWarning, stacklevel=3)
+
 def focus_learner(
     dls: DataLoaders,                   # pictures and one category each; `FocusDataLoaders` or any image DataLoaders
     arch: str | Callable = "resnet50",  # torchvision function or name, timm name, 'toy_resnet', or a body (an nn.Module)
@@ -223,7 +240,7 @@ def focus_learner(
     label_smoothing: float = 0.,
     loss_func: nn.Module | None = None, # None: FocusLoss
     metrics: list | None = None,        # after accuracy; None: those of each head and the terms of the loss
-    normalize: bool = True,             # with the arch's mean and std, unless `dls` normalises already
+    normalize: bool = True,             # with the arch's mean and std, unless `dls` normalises already (a DataWarning where it does so otherwise)
     net_kwargs: dict | None = None,     # to FocusNet: region_size, zoom_size, m, l, sigma, attention, fusion, crop_norm, ...
     cbs: list | None = None,
     **kwargs,                           # to fastai's `Learner`: lr, opt_func, wd, moms, path, model_dir, ...
@@ -239,8 +256,7 @@ def focus_learner(
     else:
         model = cls.from_arch(arch, n_classes, pretrained=pretrained, weights=weights, cut=cut, image_size=image_size, **net_kwargs)
         stats = model.stats
-    if normalize and stats and not any(isinstance(t, Normalize) for t in dls.after_batch.fs):
-        dls.add_tfms([Normalize.from_stats(*stats)], "after_batch")
+    if normalize and stats: _normalise(dls, stats, arch)
     own = [StopOnNaN(), SmoothOnDevice()]
     if not plain:
         own += [KeepFocus()] + ([PassTarget()] if model.attention == "single" else [])
@@ -250,7 +266,7 @@ def focus_learner(
             metrics = [HeadAccuracy("image")] + [HeadAccuracy("regions")] * (model.m > 0) + [HeadAccuracy("ensemble")] + [LossPart(part) for part in parts]
     learn = FocusLearner(dls, model, loss_func=loss_func or FocusLoss(label_smoothing=label_smoothing), splitter=body_and_heads,
                          metrics=[accuracy, *(metrics or [])], cbs=own + list(cbs or []), **kwargs)
-    if not isinstance(arch, nn.Module) and (weights is not None or (pretrained and arch not in ("toy_resnet",))): learn.freeze()
+    if not isinstance(arch, nn.Module) and (weights is not None or (pretrained and not _own(arch))): learn.freeze()
     return learn
 
 # %% ../nbs/70_learner.ipynb #70_learner017
@@ -278,7 +294,10 @@ class AverageWeights(Callback):
     order, remembers = 80, ("average", "steps")     # after the optimiser's step; what a checkpoint keeps
     def __init__(self, decay: float = 0.99): self.decay = decay   # share of the old average that a step keeps
     def _tensors(self): return [t for t in (*self.model.parameters(), *self.model.buffers()) if t.is_floating_point()]
-    def before_fit(self): self.average, self.steps, self.waits, self.swapped = [t.detach().clone() for t in self._tensors()], 0, False, False
+    def before_fit(self):
+        if any(isinstance(cb, SaveModelCallback) for cb in self.learn.cbs):
+            raise ValueError("SaveModelCallback would save the weights behind the moving average, which are not those that were judged: use KeepBest (fd_focus.checkpoint)")
+        self.average, self.steps, self.waits, self.swapped = [t.detach().clone() for t in self._tensors()], 0, False, False
     def after_cancel_batch(self): self.waits = True          # gradients are still being accumulated
     @torch.no_grad()
     def after_batch(self):
@@ -322,7 +341,7 @@ def fit_paper(self: FocusLearner,
     cbs=None, start_epoch: int = 0,
 ) -> None:
     "Train end to end with the paper's recipe (section 4.2): SGD and three steps. Replaces the optimiser."
-    self.opt_func = partial(SGD, mom=mom, decouple_wd=False)
+    self.opt_func, self.wd_bn_bias = partial(SGD, mom=mom, decouple_wd=False), True
     self.create_opt(); self.unfreeze()
     lrs = np.array([lr * body_lr, lr])
     self.opt.set_hyper("lr", lrs)

@@ -17,17 +17,17 @@ from .model import FocusOutput
 def _plain(x): return x.as_subclass(Tensor) if isinstance(x, TensorBase) else x   # cross_entropy rejects mixed subclasses
 
 class FocusLoss(Module):
-    "Weighted sum of the cross entropies of image, region and hybrid logits (Eq. 3-5); plain cross entropy for a tensor."
+    "Weighted sum of the cross entropies of image, region and hybrid logits (section 3.3); that of the logits for a tensor."
     y_int = True     # targets are class indices: fastai's MixUp then blends losses, not targets
     def __init__(self,
         image_weight: float = 1.,     # weight of the image head's loss
         region_weight: float = 1.,    # weight of the region head's loss, a mean over the m regions
         hybrid_weight: float = 1.,    # weight of the hybrid head's loss
-        label_smoothing: float = 0.,  # 0 to 1, for all three in training; a plain tensor is judged without
+        label_smoothing: float = 0.,  # from 0 to below 1, in training (a plain tensor: where gradients are on)
         reduction: str = "mean",      # 'mean', 'sum' or 'none' (one loss an item)
     ):
         if reduction not in ("mean", "sum", "none"): raise ValueError(f"reduction={reduction!r}; use 'mean', 'sum' or 'none'")
-        if not 0 <= label_smoothing < 1: raise ValueError(f"label_smoothing={label_smoothing}; use 0 to 1")
+        if not 0 <= label_smoothing < 1: raise ValueError(f"label_smoothing={label_smoothing}; use 0 or more, and less than 1")
         if min(image_weight, region_weight, hybrid_weight) < 0: raise ValueError("weights of the losses must not be negative")
         self.image_weight, self.region_weight, self.hybrid_weight = image_weight, region_weight, hybrid_weight
         self.label_smoothing, self.reduction = label_smoothing, reduction

@@ -303,14 +303,17 @@ def toy_resnet(
 _HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))    # what Inception's weights want; torchvision's models rescale to it themselves
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
+def _own(arch) -> bool:
+    "A function of the user's: what it returns has the weights that it gave it."
+    return callable(arch) and arch is not toy_resnet and not getattr(arch, "__module__", "").startswith("torchvision.")
+
 def _build(arch: str | Callable, pretrained: bool) -> tuple[nn.Module, list, tuple]:
     "The whole model, its layers up to the pooling, and (mean, std) of its input."
-    if callable(arch):
-        if getattr(arch, "__module__", "").startswith("torchvision."): arch = arch.__name__
-        elif arch is not toy_resnet:
-            model = arch()
-            return model, _children(model), _IMAGENET
-    if arch in (toy_resnet, "toy_resnet"):
+    if _own(arch):
+        model = arch()
+        return model, _children(model), _IMAGENET
+    if callable(arch): arch = arch.__name__
+    if arch == "toy_resnet":
         if pretrained: raise ValueError("toy_resnet has no pretrained weights; use pretrained=False")
         return (model := toy_resnet()), list(model.named_children()), _IMAGENET
     if arch in torchvision.models.list_models(module=torchvision.models):
@@ -355,8 +358,8 @@ def load_body_weights(
     model.load_state_dict({name: state[name] for name in own if id(own[name]) in kept and name in state}, strict=False)
 
 def create_body(
-    arch: str | Callable,              # torchvision function or name, timm name, or 'toy_resnet'
-    pretrained: bool = True,           # ImageNet weights; ignored with `weights`
+    arch: str | Callable,              # torchvision function or name, timm name, 'toy_resnet', or a function of your own that makes a model
+    pretrained: bool = True,           # ImageNet weights; ignored with `weights`, and for your own function
     weights: str | Path | None = None, # a state dict to start from instead
     cut: int | str | None = None,      # end the body after so many layers, or after the layer of this name
 ) -> tuple[nn.Sequential, tuple]:      # body, and (mean, std) its input is normalised with

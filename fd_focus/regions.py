@@ -93,5 +93,5 @@ def propose(
     m: int = 6,                  # number of regions
     iou_threshold: float = 0.25, # a box that overlaps a better one more than this is dropped
 ) -> Tensor:                     # (B,m) indices into boxes, best first
-    "The `m` best boxes of each image after NMS (section 3.2). Always `m` distinct cells. Raises ValueError if m > N."
+    "The `m` best boxes of each image after NMS (section 3.2). Always `m` distinct cells; cells at the border share a box, so where few survive a box may come twice. Raises ValueError if m > N."
     return propose_from_table(attention, suppression_table(boxes, iou_threshold), m)

@@ -202,7 +202,7 @@ def test_compile_asks_for_a_compiler_before_training(dls, monkeypatch):
     if torch.cuda.is_available(): pytest.skip("a GPU needs none")
     monkeypatch.setattr(speed.shutil, "which", lambda name: None)
     learn = focus_learner(dls, "toy_resnet", pretrained=False, cbs=[CompileBody()])
-    with quiet(learn), pytest.raises(RuntimeError, match="install g\\+\\+ or clang\\+\\+"): learn.fit(1, 1e-3)
+    with quiet(learn), pytest.raises(ValueError, match="install g\\+\\+ or clang\\+\\+"): learn.fit(1, 1e-3)
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v2", "squeezenet1_1", "vgg11_bn", "densenet121", "convnext_tiny"])
