@@ -16,8 +16,8 @@ __all__ = ['ToyBirds', 'ToyItem', 'ToyTruth', 'draw_bird', 'toy_items', 'attenti
            'duplicate_images', 'loader_speed', 'plot_attention', 'plot_regions', 'BoxRecall', 'Calibration',
            'ObjectCoverage', 'PointingGame', 'calibrate', 'confidence_threshold', 'confused_pairs',
            'expected_calibration_error', 'fit_temperature', 'localisation_metrics', 'plot_confused', 'predictions',
-           'reliability_diagram', 'check_parity', 'export_model', 'Explanation', 'build_app', 'explain', 'focus_widget',
-           'launch_app']
+           'reliability_diagram', 'check_parity', 'export_model', 'Evaluation', 'evaluate', 'labelled_pictures',
+           'Explanation', 'build_app', 'explain', 'focus_widget', 'launch_app']
 
 # %% ../nbs/98_all.ipynb #98_all002
 from .toy import ToyBirds, ToyItem, ToyTruth, draw_bird, toy_items
@@ -35,6 +35,7 @@ from .experiment import load_plan, multiply_adds, paired_difference, plot_result
 from .interpret import BoxRecall, Calibration, ObjectCoverage, PartHitRate, PointingGame, box_recall, calibrate, chance_level, confidence_threshold, confused_pairs, expected_calibration_error, fit_temperature, localisation, localisation_metrics, object_coverage, part_hit_rate, plot_confused, pointing_game, predictions, reliability_diagram
 from .export import FocusPipeline, check_parity, export_model, load_focus, push_to_hub, save_focus, write_card
 from .predict import FocusClassifier, Prediction, draw_prediction
+from .evaluate import Evaluation, evaluate, labelled_pictures
 from .app import Explanation, build_app, explain, focus_widget, launch_app
 
 _all_ = ["ToyBirds", "ToyItem", "ToyTruth", "draw_bird", "toy_items", "attention_map", "class_activation_maps", "smooth",
@@ -48,4 +49,5 @@ _all_ = ["ToyBirds", "ToyItem", "ToyTruth", "draw_bird", "toy_items", "attention
          "push_to_hub", "write_card",
          "DataWarning", "check_images", "duplicate_images", "loader_speed", "plot_attention", "plot_regions", "BoxRecall", "Calibration", "ObjectCoverage", "PointingGame", "calibrate", "confidence_threshold", "confused_pairs", "expected_calibration_error", "fit_temperature", "localisation_metrics", "plot_confused", "predictions", "reliability_diagram",
          "check_parity", "export_model",
+         "Evaluation", "evaluate", "labelled_pictures",
          "Explanation", "build_app", "explain", "focus_widget", "launch_app"]

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['several', 'spelled', 'typed', 'fd_focus_train', 'fd_focus_compare', 'compare_runs', 'fd_focus_experiment',
-           'fd_focus_predict', 'fd_focus_export', 'fd_focus_bench', 'fd_focus_app']
+           'fd_focus_predict', 'fd_focus_evaluate', 'fd_focus_export', 'fd_focus_bench', 'fd_focus_app']
 
 # %% ../nbs/95_cli.ipynb #95_cli003
 import os
 import sys
 from pathlib import Path
 from typing import Annotated
+from urllib.error import URLError
 
 from fastcore.script import call_parse, store_true
 
@@ -44,6 +45,10 @@ def _explain(work):
         print("fd_focus: stopped", file=sys.stderr)
         sys.exit(130)
     except (ValueError, FileNotFoundError, FloatingPointError) as error: sys.exit(f"fd_focus: {error}")
+    except URLError as error: sys.exit(f"fd_focus: the download failed ({error.reason}): without a network, name a file of weights with --weights, or a model folder")
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError": raise       # torch's, which is not imported for this
+        sys.exit("fd_focus: the device has not enough memory: try a smaller --bs (for training also --accumulate 2 or --checkpointing, or a smaller --image_size)")
     except OSError as error: sys.exit(f"fd_focus: {error.strerror or error}: {error.filename or ''}".rstrip(": "))
 
 # %% ../nbs/95_cli.ipynb #95_cli008
@@ -53,12 +58,12 @@ def fd_focus_train(
     arch: str = "resnet50",   # torchvision or timm name, or 'toy_resnet'
     cut: str = None,          # end the body after so many layers, or after the layer of this name
     weights: str = None,      # state dict the body starts from (missing classifier keys are fine)
-    pretrained: store_true = False,  # start from ImageNet weights
+    pretrained: store_true = False,  # start from ImageNet weights; without it and --weights the body starts from random ones
     image_size: int = 448,    # side of what the network sees, pixels
     epochs: int = 15,         # passes over the training pictures
     lr: float = 4e-3,         # peak learning rate of the heads; a tenth of it for a body with weights
     bs: int = 32,             # pictures a batch, of all processes together
-    seed: int = 0,            # decides everything that is random
+    seed: int = 0,            # of the initial weights, the order of the pictures and their augmentation
     plain: store_true = False,       # the plain backbone under the same recipe
     recipe: str = "one_cycle",   # one_cycle, modern (warm-up and cosine), paper (steps; give it --lr 0.01)
     fusion: str = "concat",   # of region features: concat, sum, mean, attention
@@ -92,7 +97,7 @@ def fd_focus_train(
     split: str = "valid",     # toy: judge by 'valid' or 'test' birds
     early_stop: int = 0,      # stop after so many epochs without a better validation accuracy; 0: never
     keep_best: store_true = False,   # end with the weights of the epoch with the best validation accuracy
-    config: str = None,       # YAML file of settings, such as the settings.yaml of a run; flags win over it
+    config: str = None,       # YAML file of settings, such as the settings.yaml of a run, which names all, also those without a flag (ema, mixup, wd, sigma, ...); flags win over it
     log: str = None,          # tell tensorboard or wandb what happens
     examples: int = 4,        # validation pictures to put into model/examples/, which the app offers; 0: none
     out: str = "runs/train",  # folder for summary.json, settings.yaml, metrics.csv, curves.png, regions.png, model/
@@ -146,7 +151,7 @@ def _train(values: dict, given: set):
     from fastai.torch_core import num_distrib
     from fd_focus.export import save_focus, write_card
     from fd_focus.interpret import calibrate
-    from fd_focus.run import Settings, asdict, train, write_examples, write_run, write_settings
+    from fd_focus.run import Settings, train, write_examples, write_run
     from fd_focus.speed import keep_memory
     keep_memory()                # a fifth of a CPU's time went into clearing new pages
     if values["examples"] < 0: raise ValueError(f"examples={values['examples']}; use a number of pictures, or 0 for none")
@@ -160,7 +165,7 @@ def _train(values: dict, given: set):
     out.mkdir(parents=True, exist_ok=True)       # a folder that cannot be written is known before training, not after
     settings = Settings(**settings)
     try:
-        if first and not resume: write_settings(asdict(settings), out)
+        if first and not resume: _say_first(settings, out)
         learn, table, summary = train(settings, out=out, resume=resume)
         if not first: return
         sure = {}
@@ -169,7 +174,7 @@ def _train(values: dict, given: set):
             with learn.no_bar(): calibration = calibrate(learn)
             sure = dict(temperature=calibration.temperature, threshold=calibration.threshold)
         save_focus(learn, out / "model", settings.arch, settings.cut, dict(accuracy=summary["accuracy"]), settings=summary["settings"], **sure)
-        if learn.dls.skipped: learn.dls.write_skipped(out)
+        if not learn.dls.write_skipped(out): (out / "skipped.csv").unlink(missing_ok=True)      # an earlier run's
         write_examples(learn, out / "model", values["examples"])
         write_run(learn, table, summary, out)
         if not settings.plain: write_card(out / "model", out / "regions.png")
@@ -187,6 +192,12 @@ def _train(values: dict, given: set):
     if sure and judges == "test": print("the model's temperature and threshold were fitted on these test pictures: how well calibrated it is, others must tell")
     if settings.keep_best: print(f"weights of epoch {kept} of {summary['epochs_trained']}, chosen on these pictures: their accuracy flatters")
     elif settings.early_stop and kept < settings.epochs: print(f"stopped early, after epoch {kept} of {settings.epochs}; weights of the last epoch")
+
+def _say_first(settings, out: Path) -> None:
+    "What a person may want to know before the first epoch, not after the last."
+    if (out / "summary.json").is_file(): print(f"{out} holds a finished run, which this one replaces when it is done")
+    if not (settings.pretrained or settings.weights or settings.arch == "toy_resnet"):
+        print(f"{settings.arch} starts from random weights; --pretrained would start from ImageNet's, --weights from a file's")
 
 # %% ../nbs/95_cli.ipynb #95_cli012
 @call_parse
@@ -220,7 +231,8 @@ def fd_focus_experiment(
 
 def _experiment(plan: str, out: Path, rival: str, only_summary: bool):
     import warnings
-    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)          # but not what the data has to say
     from fd_focus.experiment import load_plan, run_experiment, summarise
     from fd_focus.speed import keep_memory
     keep_memory()
@@ -299,6 +311,34 @@ def _predict(args: dict) -> tuple[int, int]:
 def _cuda() -> bool:
     import torch
     return torch.cuda.is_available()
+
+# %% ../nbs/95_cli.ipynb #95_cli_eval1
+@call_parse
+def fd_focus_evaluate(
+    model: str,               # model folder, or owner/name on the Hugging Face hub
+    folder: str,              # labelled pictures: class folders, or a split.csv of file,label,split
+    split: str = None,        # only this part: the sub-folder, or the rows of split.csv, of this name, such as test
+    out: str = None,          # CSV file for a row a picture: file, label, answer, probability, sure, error
+    bs: int = 16,             # pictures a batch
+    workers: int = 2,         # threads that open pictures
+    device: str = None,       # cpu, cuda, cuda:1, ...; None: a GPU where there is one
+):
+    "Judge a model on labelled pictures, which nothing should have been chosen on: accuracy, how often sure and then right, calibration, confusions."
+    _explain(lambda: _evaluate(model, folder, split, out, bs, workers, device))
+
+def _evaluate(model, folder, split, out, bs, workers, device):
+    import warnings
+    warnings.filterwarnings("ignore")
+    from fd_focus.evaluate import evaluate, labelled_pictures
+    from fd_focus.predict import FocusClassifier
+    from fd_focus.speed import keep_memory
+    keep_memory()
+    classifier = FocusClassifier.load(model, device)
+    found = evaluate(classifier, labelled_pictures(folder, classifier.classes, split), bs, workers)
+    if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        found.rows.to_csv(out, index=False)
+    print(found)
 
 # %% ../nbs/95_cli.ipynb #95_cli111
 @call_parse

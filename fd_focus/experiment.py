@@ -36,6 +36,19 @@ class PlannedRun:
     @property
     def key(self) -> tuple: return self.data, self.variant, self.seed
 
+_SHAPES = dict(base=(dict, "base: {arch: resnet50, epochs: 15}"), data=(dict, "data: {mine: {data: my_photos}}"),
+               variants=(dict, "variants: {plain: {plain: true}, focus: {}}"), seeds=(list, "seeds: [0, 1, 2]"))
+
+def _check_shape(file: Path, plan: dict) -> None:
+    "ValueError for a key whose value is no mapping (or no list), with an example."
+    for key, (kind, example) in _SHAPES.items():
+        if plan.get(key) is not None and not isinstance(plan[key], kind): raise ValueError(f"{file}: {key} is {plan[key]!r}; write it like {example}")
+    for key in ("data", "variants"):
+        for name, values in (plan.get(key) or {}).items():
+            if values is not None and not isinstance(values, dict): raise ValueError(f"{file}: {key}, {name} is {values!r}; write its settings like {_SHAPES[key][1]}")
+    if wrong := [seed for seed in plan["seeds"] or [] if type(seed) is not int]: raise ValueError(f"{file}: seeds are whole numbers, not {wrong[0]!r}")
+    if empty := [key for key in ("variants", "seeds") if not plan[key]]: raise ValueError(f"{file}: {empty[0]} is empty; write it like {_SHAPES[empty[0]][1]}")
+
 def _settings(values: dict, where: str) -> Settings:
     "Settings of a dict. ValueError names the place, and unknown or misshaped ones."
     try: return Settings(**check_settings(values))
@@ -52,9 +65,20 @@ def load_plan(
     if not isinstance(plan, dict): raise ValueError(f"{file} holds no plan; it needs the keys variants and seeds")
     if unknown := set(plan) - {"base", "data", "variants", "seeds"}: raise ValueError(f"{file}: unknown keys {', '.join(sorted(unknown))}; use base, data, variants, seeds")
     if missing := {"variants", "seeds"} - set(plan): raise ValueError(f"{file} has no {' and no '.join(sorted(missing))}")
+    _check_shape(file, plan)
     base, sources = plan.get("base") or {}, plan.get("data") or {"default": {}}
-    return [PlannedRun(str(data), str(variant), seed, _settings({**base, **(of_data or {}), **(of_variant or {}), "seed": seed}, f"{file}, {data}, {variant}"))
+    runs = [PlannedRun(str(data), str(variant), seed, _settings({**base, **(of_data or {}), **(of_variant or {}), "seed": seed}, f"{file}, {data}, {variant}"))
             for seed in plan["seeds"] for data, of_data in sources.items() for variant, of_variant in plan["variants"].items()]
+    names = {}
+    for run in runs:
+        if (other := names.setdefault(_predictions_name(run.key), run)) is not run:
+            raise ValueError(f"{file}: {', '.join(map(str, other.key))} and {', '.join(map(str, run.key))} would write the same file; give one another name")
+    return runs
+
+def _predictions_name(key: tuple) -> str:
+    "Name of the file with a run's predictions."
+    plain = lambda text: "".join(c if c.isalnum() or c in "-." else "_" for c in str(text))
+    return "--".join(map(plain, key)) + ".npz"
 
 # %% ../nbs/75_experiment.ipynb #75_experiment010
 @torch.no_grad()
@@ -116,8 +140,7 @@ def _same(recorded: str, settings: Settings) -> bool:
     except TypeError: return False
 
 def _predictions_file(csv: Path, data: str, variant: str, seed: int) -> Path:
-    plain = lambda text: "".join(c if c.isalnum() or c in "-." else "_" for c in str(text))
-    return csv.with_suffix("") / f"{plain(data)}--{plain(variant)}--{seed}.npz"
+    return csv.with_suffix("") / _predictions_name((data, variant, seed))
 
 def _one_run(run: PlannedRun, csv: Path) -> dict:
     "Train, keep the predictions, and return the row."
@@ -198,6 +221,18 @@ def _right(csv: Path, data: str, variant: str, seeds, head: str = "answer") -> n
     kept = [np.load(_predictions_file(csv, data, variant, seed), allow_pickle=False) for seed in seeds]
     return np.stack([k[head if head in k else "answer"].argmax(1) == k["target"] for k in kept])
 
+def _check_pictures(csv: Path, rows: pd.DataFrame) -> None:
+    "ValueError where runs on the same data did not judge the same pictures: nothing could be paired."
+    for data, group in rows.groupby("data", sort=False):
+        first = None
+        for variant, seed in zip(group.variant, group.seed):
+            kept = np.load(_predictions_file(csv, data, variant, seed), allow_pickle=False)
+            judged = kept["files"].tolist(), kept["target"].tolist()
+            if first is None: first = judged, variant, seed
+            elif judged != first[0]:
+                raise ValueError(f"{csv}: {data}: {variant}, seed {seed} judged other pictures than {first[1]}, seed {first[2]}. "
+                                 "Has the folder changed? Delete the older rows, and run the plan again")
+
 def summarise(
     csv: str | Path,         # of `run_experiment`
     rival: str = "plain",    # the variant the others are compared with, seed by seed
@@ -209,6 +244,7 @@ def summarise(
     if not csv.is_file(): raise FileNotFoundError(f"no results {csv}: run fd_focus_experiment first")
     rows = pd.read_csv(csv, **ROW)
     rows, lines = rows[rows.status == "ok"], []
+    _check_pictures(csv, rows)
     for (data, variant), group in rows.groupby(["data", "variant"], sort=False):
         accuracy = pd.Series(_right(csv, data, variant, group.seed, head).mean(1))
         line = dict(data=data, variant=variant, seeds=len(group), accuracy=100 * accuracy.mean(), sd=100 * accuracy.std(),

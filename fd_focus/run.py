@@ -215,6 +215,7 @@ def train(
     checkpoint = None if out is None else Checkpoint(out, resume, asdict(s))
     learn = make_learner(s)
     if resume: checkpoint.check(learn, s.epochs)
+    elif out is not None and rank_distrib() == 0: write_settings(asdict(s), out)      # not before the data and the network are there
     keep = KeepBest() if s.keep_best else None
     stop = EarlyStoppingCallback(monitor="accuracy", patience=s.early_stop) if s.early_stop else None
     cbs, start = [cb for cb in (keep, stop, logger, checkpoint) if cb is not None], time.perf_counter()

@@ -57,7 +57,7 @@ class BFloat16(Callback):
     "The network's products in bfloat16, in training and validation, on a CPU or a GPU; output and loss in float32."
     order = MixedPrecision.order
     def before_fit(self):
-        if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(): raise ValueError("this GPU has no bfloat16; use amp='fp32'")
+        if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False): raise ValueError("this GPU has no bfloat16; use amp='fp32'")
     def before_batch(self):
         # A forward pass that casts, once: whatever goes wrong in it, neither the process nor the model stays in half precision.
         model, cast = self.model, torch.autocast(next(self.model.parameters()).device.type, torch.bfloat16)
@@ -70,9 +70,9 @@ class BFloat16(Callback):
 
 # %% ../nbs/71_speed.ipynb #71_speed012
 def _need_compiler(device: str):
-    "RuntimeError where torch.compile could not work for want of a C++ compiler, before training starts."
+    "ValueError where torch.compile could not work for want of a C++ compiler, before training starts."
     if device == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
-        raise RuntimeError("compile_body on a CPU needs a C++ compiler: install g++ or clang++, or leave the option out")
+        raise ValueError("compile_body on a CPU needs a C++ compiler: install g++ or clang++, or leave the option out")
 
 class CompileBody(Callback):
     "torch.compile of `model.body` in place, for the training batches of a fit; names in the state dict stay."
@@ -215,7 +215,7 @@ def resolve_amp(
     "What `amp` means on this device. ValueError for an unknown name."
     if amp not in AMPS: raise ValueError(f"amp={amp!r} is none of {AMPS}")
     if amp != "auto": return amp
-    return "bf16" if torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 def speed_up(
     learn: Learner,               # with a FocusNet or PlainNet

@@ -45,6 +45,8 @@ def test_killed_and_started_again(plan, tmp_path):
     assert np.isclose((kept["answer"].argmax(1) == kept["target"]).mean(), after.query("variant == 'focus' and seed == 1").accuracy.iloc[0])
     table = summarise(csv)
     assert np.isclose(table.gain[1], table.accuracy[1] - table.accuracy[0])
+    np.savez(csv.with_suffix("") / "default--focus--1.npz", **dict(kept, files=kept["files"][::-1]))
+    with pytest.raises(ValueError, match="focus, seed 1 judged other pictures than plain, seed 0"): summarise(csv)
 
 
 def test_bad_plans_end_with_a_sentence(tmp_path):

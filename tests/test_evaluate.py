@@ -1,0 +1,70 @@
+"fd_focus_evaluate as a user types it."
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import shaken
+from PIL import Image
+
+from fd_focus.cli import fd_focus_evaluate
+from fd_focus.data import FocusDataLoaders
+from fd_focus.export import save_focus
+from fd_focus.learner import focus_learner
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    dls = FocusDataLoaders.from_toy(2, 1, image_size=64, n_classes=3, bs=2)
+    learn = focus_learner(dls, "toy_resnet", pretrained=False)
+    shaken(learn.model)
+    save_focus(learn, folder / "model", "toy_resnet")
+    return folder / "model", list(dls.vocab)
+
+
+def grey(file, value):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((50, 70, 3), value, np.uint8)).save(file)
+
+
+def test_rows_and_words(model, tmp_path, capsys):
+    folder, classes = model
+    for k, name in enumerate(classes):
+        for value in (20, 120, 220): grey(tmp_path / "photos/test" / name / f"{value + k}.png", value + k)
+        grey(tmp_path / "photos/train" / name / "seen.png", 9)
+    fd_focus_evaluate(model=str(folder), folder=str(tmp_path / "photos"), split="test", out=str(tmp_path / "new/rows.csv"), device="cpu")
+    said, rows = capsys.readouterr().out, pd.read_csv(tmp_path / "new/rows.csv")
+    assert len(rows) == 9 and not rows.file.str.contains("seen").any() and rows.error.isna().all()
+    assert f"{100 * (rows.label == rows.answer).mean():.1f} % of 9 pictures right" in said
+    assert "sure of" not in said            # the model has no threshold
+    (tmp_path / "photos/test" / classes[0] / "bad.png").write_bytes(b"x")
+    fd_focus_evaluate(model=str(folder), folder=str(tmp_path / "photos"), split="test", device="cpu")
+    said = capsys.readouterr().out
+    assert f"{100 * (rows.label == rows.answer).sum() / 10:.1f} % of 10 pictures right" in said and "1 could not be read and count as wrong: " in said
+
+
+@pytest.mark.parametrize("layout, split, message", [
+    ("gone", None, "no folder"), ("photos", "test", "holds train"), ("photos", None, "has pictures of train, which the model does not know"), ("empty", None, "it holds nothing")])
+def test_bad_input(model, tmp_path, layout, split, message):
+    folder, classes = model
+    grey(tmp_path / "photos/train" / classes[0] / "a.png", 9)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit) as end: fd_focus_evaluate(model=str(folder), folder=str(tmp_path / layout), split=split, device="cpu")
+    assert message in str(end.value.code)
+
+
+def test_split_csv_without_its_columns(model, tmp_path):
+    (tmp_path / "split.csv").write_text("file,label\na.png,x\n")
+    for split, message in (("test", "has no column split"), (None, "has pictures of x, which the model does not know")):
+        with pytest.raises(SystemExit) as end: fd_focus_evaluate(model=str(model[0]), folder=str(tmp_path), split=split, device="cpu")
+        assert message in str(end.value.code)
+
+
+def test_help_imports_nothing_heavy():
+    run = subprocess.run([sys.executable, "-X", "importtime", "-c", "import sys; sys.argv = ['fd_focus_evaluate', '--help']; from fd_focus.cli import fd_focus_evaluate; fd_focus_evaluate()"],
+                         capture_output=True, text=True)
+    assert not {line.rsplit("|", 1)[-1].strip() for line in run.stderr.splitlines() if "|" in line} & {"torch", "fastai", "pandas"}
