@@ -11,6 +11,7 @@ import base64
 import html
 import importlib
 import io
+import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from fastcore.basics import patch
 from matplotlib import colormaps
 from PIL import Image, ImageOps
 
+from .export import judges
 from .plot import REGION_COLOURS
 from .predict import FocusClassifier, Prediction, draw_prediction, open_any
 
@@ -32,11 +34,10 @@ def fit(
 ) -> tuple[Image.Image, Prediction]:
     "Picture and prediction, enlarged or reduced to a size for the screen."
     if longest < 1: raise ValueError(f"longest={longest}; use at least 1 pixel")
-    image = open_any(source)[0]
-    size = [max(1, round(side * longest / max(image.size))) for side in image.size]
-    scale = (torch.tensor(size) / torch.tensor(image.size)).repeat(2)
+    size = [max(1, round(side * longest / max(prediction.size))) for side in prediction.size[::-1]]
+    scale = (torch.tensor(size) / torch.tensor(prediction.size[::-1])).repeat(2)
     moved = replace(prediction, boxes=prediction.boxes * scale, view=prediction.view * scale, size=(size[1], size[0]))
-    return image.resize(size, Image.Resampling.LANCZOS), moved
+    return open_any(source, min(size))[0].resize(size, Image.Resampling.LANCZOS), moved      # a JPEG is decoded no larger than is shown
 
 # %% ../nbs/97_app.ipynb #97_app021
 def draw_heat(
@@ -64,8 +65,12 @@ def cut_zooms(
     k: int = 4,              # at most so many, best first
 ) -> list[Image.Image]:
     "The regions, cut out and enlarged, framed in red, green, blue, yellow, then white."
-    image, zooms = open_any(source)[0], []
-    for i, (x0, y0, x1, y1) in enumerate(prediction.boxes[:k].tolist()):
+    boxes, zooms = prediction.boxes[:k], []
+    if not len(boxes): return zooms
+    longer = (boxes[:, 2:] - boxes[:, :2]).amax(1)
+    image = open_any(source, math.ceil(size * min(prediction.size) / longer.min().item()))[0]      # so many pixels of a JPEG that the smallest region has `size`
+    boxes = boxes * (torch.tensor(image.size) / torch.tensor(prediction.size[::-1])).repeat(2)
+    for i, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
         box = max(0., x0), max(0., y0), min(image.width, x1), min(image.height, y1)     # float32 may end a hair outside
         scale = size / max(box[2] - box[0], box[3] - box[1])
         shape = [max(1, round(scale * side)) for side in (box[2] - box[0], box[3] - box[1])]
@@ -94,11 +99,12 @@ def _notice(title: str, text: str, colour: str = "#b45309") -> str:
 class Explanation:
     "An answer with the pictures that explain it. In a notebook it shows itself."
     prediction: Prediction
-    threshold: float | None     # least probability that counts as sure
+    threshold: float | None     # least probability that counts as sure; above 1: none does
     calibrated: bool            # the model has a temperature
     regions: Image.Image        # the picture with its regions; from a plain model, the part it saw
     attention: Image.Image | None
     zooms: list[Image.Image]    # best first; [] from a plain model
+    judges: str = "validation"  # the pictures that the threshold was chosen on: 'validation' or 'test'
 
     @property
     def verdict(self) -> str:
@@ -109,10 +115,11 @@ class Explanation:
 @patch
 def sentence(self: Explanation) -> str:
     "How far to trust the answer, in plain words."
-    p, sure = self.prediction, None if self.threshold is None else _percent(self.threshold)
-    if self.verdict == "sure": first = f"{_percent(p.probability)}: the model counts as sure from {sure} on, a limit chosen on validation pictures."
-    elif self.verdict == "doubt" and self.threshold == 1: first = f"Most like {p.label}, {_percent(p.probability)}. On validation pictures no limit made this model's answers good enough to count as sure."
-    elif self.verdict == "doubt": first = f"Most like {p.label}, {_percent(p.probability)}, but the model counts as sure only from {sure} on, a limit chosen on validation pictures."
+    p, sure, chosen = self.prediction, None if self.threshold is None else _percent(self.threshold), f"a limit chosen on {self.judges} pictures"
+    like = f"Most like {p.label}, {_percent(p.probability)}"
+    if self.verdict == "sure": first = f"{_percent(p.probability)}: the model counts as sure from {sure} on, {chosen}."
+    elif self.verdict == "doubt" and self.threshold > 1: first = f"{like}. On {self.judges} pictures no limit made this model's answers good enough to count as sure."
+    elif self.verdict == "doubt": first = f"{like}, but the model counts as sure only from {sure} on, {chosen}."
     else: first = f"{_percent(p.probability)}. Nobody chose a limit from which this model counts as sure."
     return first if self.calibrated else first + " Its percentages are not calibrated: they rank, and do not tell the chance of being right."
 
@@ -156,11 +163,11 @@ def explain(
     longest: int = 640,      # pixels of the longer side of the pictures
 ) -> Explanation:
     "Ask the model about one picture and draw its reasons. ValueError says why a picture cannot be read, FileNotFoundError that there is none."
-    image = open_any(source)[0]
-    prediction = classifier.predict(source)     # not of `image`: it decodes a large file as `fd_focus_predict` does
-    shown, moved = fit(image, prediction, longest)
+    prediction = classifier.predict(source)     # of the file: it, and each drawing, decodes a large one only as far as it must
+    shown, moved = fit(source, prediction, longest)
     attention = None if prediction.attention is None else draw_heat(shown, moved)
-    return Explanation(prediction, classifier.threshold, "temperature" in classifier.config, draw_prediction(shown, moved), attention, cut_zooms(image, prediction))
+    return Explanation(prediction, classifier.threshold, "temperature" in classifier.config, draw_prediction(shown, moved), attention,
+                       cut_zooms(source, prediction), judges(classifier.config))
 
 # %% ../nbs/97_app.ipynb #97_app051
 def _refusal(
@@ -207,10 +214,13 @@ def about(classifier: FocusClassifier) -> str:
     config, percent = classifier.config, lambda p: f"{100 * p:.1f} %"
     accuracy = config.get("metrics", {}).get("accuracy")
     plain = lambda text: "".join(c if c.isalnum() or c in " _+-.,()" else f"&#{ord(c)};" for c in text)
+    limit = classifier.threshold
+    sure = "no limit chosen" if limit is None else "never: no limit was good enough" if limit > 1 else percent(limit)
     rows = [("method", "plain backbone" if config.get("plain") else "attention, regions, zooms"), ("body", plain(config["arch"])), ("classes", f"{len(classifier.classes)}"),
-            ("input", "{1} × {0} pixels".format(*classifier.input_size)), ("accuracy in validation", "not recorded" if accuracy is None else percent(accuracy)),
+            ("input", "{1} × {0} pixels".format(*classifier.input_size)),
+            (f"accuracy on {judges(config)} pictures", "not recorded" if accuracy is None else percent(accuracy)),
             ("calibration", f"temperature {config['temperature']:.2f}" if "temperature" in config else "none"),
-            ("sure from", "no limit chosen" if classifier.threshold is None else percent(classifier.threshold))]
+            ("sure from", sure)]
     names = ", ".join(map(plain, classifier.classes[:200])) + (f" and {len(classifier.classes) - 200} more" if len(classifier.classes) > 200 else "")
     return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows) + f"\n\n{names}"
 

@@ -262,10 +262,13 @@ def fit_temperature(
     logits: Tensor,      # (N,C) on validation data
     targets: Tensor,     # (N,)
 ) -> float:              # T: softmax(logits / T) is calibrated; above 1 where the network is too sure
-    "The temperature with the largest likelihood on validation data (Guo et al. 2017), between 1/20 and 20. ValueError for NaN or no data."
+    """The temperature with the largest likelihood on validation data (Guo et al. 2017), between 1/20 and 20; 1 where no answer is wrong. ValueError for NaN
+    or no data."""
     if len(logits) == 0 or len(logits) != len(targets): raise ValueError(f"{len(logits)} logits and {len(targets)} targets; give as many of each, at least 1")
     if not torch.isfinite(logits).all(): raise ValueError("logits hold NaN or infinity")
     logits, targets = logits.double(), targets.long()
+    # Without an error the likelihood grows as T falls, to the very bound: nothing says how sure is too sure.
+    if (logits.gather(1, targets[:, None])[:, 0] == logits.amax(1)).all(): return 1.
     loss = lambda log_t: F.cross_entropy(logits / np.exp(log_t), targets).item()
     return float(np.exp(minimize_scalar(loss, bounds=(-np.log(20), np.log(20)), method="bounded", options=dict(xatol=1e-4)).x))
 
@@ -318,7 +321,7 @@ def reliability_diagram(
 @dataclass(frozen=True)
 class Threshold:
     "When to say 'not sure'."
-    probability: float   # the least probability that counts as sure; 1.0 and `share` 0 where no threshold reaches the accuracy
+    probability: float   # the least probability that counts as sure; 2.0, which none reaches, where no threshold keeps the accuracy
     accuracy: float      # of the answers at least as sure (NaN where there are none)
     share: float         # of the pictures with such an answer
 
@@ -335,7 +338,7 @@ def confidence_threshold(
     share_right = (guess == targets)[order].double().cumsum(0) / torch.arange(1, len(order) + 1)
     ends = torch.cat([confidence[order].diff() != 0, torch.tensor([True])])       # answers of equal probability go together
     good = (ends & (share_right >= accuracy - 1e-9) & (torch.arange(1, len(order) + 1) >= min(least, len(order)))).nonzero()[:, 0]
-    if not len(good): return Threshold(1.0, float("nan"), 0.0)
+    if not len(good): return Threshold(2., float("nan"), 0.)
     last = good[-1].item()
     return Threshold(confidence[order][last].item(), share_right[last].item(), (last + 1) / len(order))
 
@@ -344,7 +347,7 @@ def confidence_threshold(
 class Calibration:
     "What validation pictures say about a network's probabilities."
     temperature: float     # divide logits by it
-    threshold: float       # least calibrated probability that counts as sure
+    threshold: float       # least calibrated probability that counts as sure; 2.0 where none does
     sure_accuracy: float   # of the answers that count as sure
     sure_share: float      # of the pictures
     ece: float             # expected calibration error as trained

@@ -112,7 +112,7 @@ class Prediction:
     "What the model says of one picture; tensors lie on the CPU."
     label: str
     probability: float
-    sure: bool | None                # probability >= the model's threshold; None where it has none
+    sure: bool | None                # probability >= the model's threshold (2: never); None where it has none
     top5: list[tuple[str, float]]    # classes and probabilities, best first
     probabilities: Tensor            # (C,)
     boxes: Tensor                    # (k,4) xyxy pixels of the original, upright picture, best first; (0,4) from a plain model
@@ -252,10 +252,11 @@ def draw_prediction(
     prediction: Prediction,
     longest: int | None = None,  # reduce the picture so that its longer side has so many pixels
 ) -> Image.Image:
-    "The original picture with its regions in red, green, blue, yellow, then white; what the network did not see is darker."
-    image = open_any(source)[0]
-    scale = min(1., longest / max(image.size)) if longest else 1.
-    if scale < 1: image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
+    "The original picture with its regions in red, green, blue, yellow, then white; what the network did not see is darker. Errors are those of `open_any`."
+    scale = min(1., longest / max(prediction.size)) if longest else 1.
+    size = tuple(max(1, round(side * scale)) for side in prediction.size[::-1])
+    image = open_any(source, min(size))[0]
+    if image.size != size: image = image.resize(size, Image.Resampling.LANCZOS)
     dark, view = image.point(lambda value: value // 2), [round(side * scale) for side in prediction.view.tolist()]
     dark.paste(image.crop(view), view[:2])
     draw, width = ImageDraw.Draw(dark), max(2, round(max(image.size) / 160))
@@ -332,19 +333,20 @@ class Rows:
             self.writer.writerow(["file", "label", "probability", "sure", *(f"{name}_{i + 1}" for i in range(1, self.top) for name in ("label", "probability")),
                                   *(f"{name}_{i + 1}" for i in range(boxes) for name in ("box", "score")), "error"])
 
-    def write(self, file, found: Prediction | Exception):
-        "A row of a prediction, or of what went wrong."
-        error = str(found) if isinstance(found, Exception) else None
+    def write(self, file, found: Prediction | Exception, error: Exception | None = None):
+        "A row of a prediction, or of what went wrong; of both, where there is an answer but `error` kept it from being drawn."
+        if isinstance(found, Exception): found, error = None, found
+        why = "" if error is None else str(error) or repr(error)
+        row = found.as_dict() if found else {}
         if self.kind == "jsonl":
-            row = dict(file=str(file)) | (dict(error=error) if error else found.as_dict())
+            row = dict(file=str(file)) | row | (dict(error=why) if why else {})
             text = json.dumps(row, ensure_ascii=False)
             if not _is_utf8(text): text = json.dumps(row)      # JSON must be; a stray byte of a name becomes \\udc80 to \\udcff, as Python reads it
             return self.stream.write(text + "\n")
-        if error: return self.writer.writerow([file, *[""] * (1 + 2 * self.top + 2 * self.boxes), error])
-        row = found.as_dict()
+        if not found: return self.writer.writerow([file, *[""] * (1 + 2 * self.top + 2 * self.boxes), why])
         self.writer.writerow([file, row["label"], row["probability"], "" if found.sure is None else found.sure,
                               *(value for pair in row["top5"][1:] for value in pair),
-                              *(value for box, score in zip(row["boxes"], row["scores"]) for value in (" ".join(map(str, box)), score)), ""])
+                              *(value for box, score in zip(row["boxes"], row["scores"]) for value in (" ".join(map(str, box)), score)), why])
 
 # %% ../nbs/92_predict.ipynb #92_predict065
 _SAVED = {".jpg", ".jpeg", ".png", ".webp"}
@@ -369,17 +371,21 @@ def predict_files(
     bs: int = 16, workers: int = 2,  # see `FocusClassifier.stream`
     progress=None,                # a text stream for a line that counts
 ) -> tuple[int, int]:             # pictures, and how many of them failed
-    "A row for every picture, and its picture with regions; flushed once a batch, so that an end at any time loses little."
+    """A row for every picture, and its picture with regions; flushed once a batch, so that an end at any time loses little. A picture that cannot be read, or
+    not be drawn, says so in its row; OSError where rows or drawings cannot be written."""
     done = failed = 0
     start = said = time.monotonic()
     live = progress is not None and progress.isatty()
     for file, found in classifier.stream(files, bs, workers):
-        if regions is not None and isinstance(found, Prediction):
+        error = found if isinstance(found, Exception) else None
+        if regions is not None and error is None:
             target = regions_file(file, regions)
             target.parent.mkdir(parents=True, exist_ok=True)
-            draw_prediction(file, found, longest=1600).save(target)
-        rows.write(file, found)
-        done, failed = done + 1, failed + isinstance(found, Exception)
+            try: drawn = draw_prediction(file, found, longest=1600)
+            except Exception as why: error = ValueError(f"not drawn: {str(why) or repr(why)}")     # this picture's own affair, whatever it is ...
+            else: drawn.save(target)                                                              # ... a full disk is everybody's
+        rows.write(file, found, error)
+        done, failed = done + 1, failed + (error is not None)
         if done % bs == 0: rows.stream.flush()
         if progress is not None and (now := time.monotonic()) - said > (.2 if live else 30):
             said = now

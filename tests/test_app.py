@@ -18,12 +18,12 @@ import pytest
 import torch
 from PIL import Image
 
-from fd_focus.app import about, attempt, build_app, draw_heat, example_files, explain, fit, focus_widget
+from fd_focus.app import about, attempt, build_app, cut_zooms, draw_heat, example_files, explain, fit, focus_widget
 from fd_focus.cli import fd_focus_app
 from fd_focus.data import FocusDataLoaders
-from fd_focus.export import save_focus
+from fd_focus.export import load_focus, save_focus
 from fd_focus.learner import focus_learner
-from fd_focus.predict import FocusClassifier
+from fd_focus.predict import FocusClassifier, draw_prediction
 from fd_focus.toy import ToyBirds
 
 CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
@@ -319,6 +319,37 @@ def test_command_errors(folder, tmp_path):
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(SystemExit, match=f"cannot listen on 127.0.0.1, port {port}"): fd_focus_app.__wrapped__(str(folder), port=port, device="cpu")
+
+
+def test_how_sure_is_said(classifier, folder):
+    "Sure, not sure, never sure; and on which pictures that was found out."
+    found = explain(classifier, bird())
+    says = lambda sure, threshold, **kwargs: replace(found, prediction=replace(found.prediction, sure=sure), threshold=threshold, **kwargs).sentence()
+    assert "counts as sure from 50 % on, a limit chosen on validation pictures" in says(True, .5)
+    assert "counts as sure only from 50 % on, a limit chosen on test pictures" in says(False, .5, judges="test")
+    assert "On test pictures no limit made this model's answers good enough" in says(False, 2., judges="test") and "> 99" not in says(False, 2.)
+    for one in (says(True, 1.), says(False, 1.)): assert "from > 99 % on" in one and "no limit" not in one      # the value of old folders: a limit like any other
+    net = load_focus(folder)
+    net.config |= dict(threshold=2., judged_by="test")
+    never = FocusClassifier(net, "cpu")
+    assert explain(never, bird()).verdict == "doubt" and "On test pictures no limit" in explain(never, bird()).card()
+    assert "| accuracy on test pictures | 50.0 % |" in about(never) and "| sure from | never: no limit was good enough |" in about(never)
+    assert "| accuracy on validation pictures | 50.0 % |" in about(classifier) and "| sure from | 35.0 % |" in about(classifier)
+
+
+@pytest.mark.parametrize("size", [(4000, 3000), (1500, 6000)])
+def test_a_large_photograph_is_explained(classifier, tmp_path, monkeypatch, size):
+    "Of more pixels than PIL decodes: none of the drawings needs them all, and none differs."
+    bird().resize(size, Image.Resampling.BICUBIC).save(tmp_path / "x.jpg")
+    whole, prediction = Image.open(tmp_path / "x.jpg").convert("RGB"), classifier.predict(tmp_path / "x.jpg")
+    image, moved = fit(whole, prediction)
+    want = [draw_prediction(image, moved), draw_heat(image, moved), *cut_zooms(whole, prediction)]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", size[0] * size[1] * 2 // 3)
+    card, found = attempt(classifier, tmp_path / "x.jpg", "x.jpg")
+    assert found.prediction.label in card and found.prediction.size == size[::-1]
+    have = [found.regions, found.attention, *found.zooms]
+    assert [picture.size for picture in have] == [picture.size for picture in want]
+    for ours, theirs in zip(have, want): assert np.abs(np.asarray(ours, float) - np.asarray(theirs)).mean() < 2      # of 255: two ways to make a picture smaller
 
 
 def test_fit_keeps_proportions(classifier):

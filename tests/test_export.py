@@ -6,17 +6,21 @@ import pickle
 import shutil
 import sys
 import types
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import shaken
 from PIL import Image
 
 from fd_focus.cli import fd_focus_export
 from fd_focus.data import FocusDataLoaders
-from fd_focus.export import FocusPipeline, check_parity, export_model, fold_batch_norm, load_focus, push_to_hub, run_exported, save_focus, toy_images, write_card
+from fd_focus.export import (FocusPipeline, _check_arch, check_parity, export_model, fold_batch_norm, judges, load_focus, push_to_hub, run_exported, save_focus, toy_images,
+                             write_card)
 from fd_focus.learner import focus_learner
-from fd_focus.model import FocusNet, PlainNet, toy_resnet
+from fd_focus.model import FocusNet, PlainNet, create_body, toy_resnet
 from fd_focus.predict import FocusClassifier
 
 
@@ -99,7 +103,8 @@ def test_folder_of_before(folder):
     (dict(cut="layer9"), "config.json: cut='layer9' is none of the body's layers"), (dict(m="6"), "m is '6', but should be int"), (dict(l=True), "l is True, but should be int"),
     (dict(sigma="wide"), "sigma is 'wide', but should be int or float"), (dict(fusion="vote"), "fusion='vote' is none of"), (dict(l=9), "l=9 regions are to be used of m=6"),
     (dict(m=99), "config.json: m=99 regions, but"), (dict(region_size=70), "region_size=.* does not fit"), (dict(temperature=0), "temperature is 0, but should be a number above 0"),
-    (dict(threshold=2), "threshold is 2, but should be a number from 0 to 1"), (dict(squash="yes"), "squash is 'yes'"), (dict(plain=1), "plain is 1, but should be true or false"),
+    (dict(threshold=95), "threshold is 95, but should be a number from 0 to 1, or 2: no answer is sure"), (dict(threshold=1.5), "threshold is 1.5"), (dict(threshold=True), "threshold is True"),
+    (dict(judged_by="eye"), "judged_by is 'eye', but should be 'valid', 'test' or 'train'"), (dict(judged_by=["test"]), "judged_by is"), (dict(squash="yes"), "squash is 'yes'"), (dict(plain=1), "plain is 1, but should be true or false"),
     (dict(format="onnx"), "is not of fd_focus"), (dict(l=2), "does not fit its config.json.*hybrid_head"), (dict(arch="resnet18", m=4), "does not fit its config.json"),
     (dict(classes=["a", "b"]), "tells 3 classes apart, but config.json names 2"), (dict(sha256="0"), "its sha256 differs"),
     *((dict(metrics=dict(accuracy=value)), "metrics is .'accuracy': .*, but should be a table, its accuracy a number or null") for value in ("0.9", [.9], True, float("nan"))),
@@ -108,6 +113,63 @@ def test_foreign_values(folder, values, message):
     change(folder, **values)
     with pytest.raises(ValueError, match=message) as caught: load_focus(folder)
     assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("threshold", [0, .5, 1, 1., 2, 2.])
+def test_thresholds_of_now_and_before(folder, threshold):
+    change(folder, threshold=threshold)
+    assert load_focus(folder).config["threshold"] == threshold
+
+
+@pytest.mark.parametrize("by,word", [("test", "test"), ("valid", "validation"), ("train", "validation"), (None, "validation")])
+def test_which_pictures_judged(dls, tmp_path, by, word, monkeypatch):
+    "The learner's data say it; those of plain fastai, and folders of before, say nothing."
+    learn = learner(dls)
+    assert learn.dls.judged_by == "valid"
+    monkeypatch.delattr(learn.dls, "judged_by") if by is None else monkeypatch.setattr(learn.dls, "judged_by", by)
+    folder = save_focus(learn, tmp_path / "model", "toy_resnet", metrics=dict(accuracy=.5))
+    assert load_focus(folder).config.get("judged_by") == by
+    assert f"Accuracy on {word} pictures: **50.0 %**." in (folder / "README.md").read_text() and judges(load_focus(folder).config) == word
+
+
+# The name of the body
+
+@pytest.mark.parametrize("arch,cut", [("toy_resnet", None), ("toy_resnet", "layer2"), ("resnet18", "layer3"), ("mobilenet_v2", 7), ("densenet121", None), ("googlenet", None),
+                                      ("swin_t", None), ("regnet_y_400mf", None), ("mobilenetv3_small_050", None), ("convnextv2_atto", None)])
+def test_a_right_name_is_taken(arch, cut):
+    "As it was built, without numbers or a download, and without a step of the random numbers; RegNet cannot be built without numbers."
+    if arch in ("mobilenetv3_small_050", "convnextv2_atto"): pytest.importorskip("timm")
+    body = create_body(arch, pretrained=False, cut=cut)[0]
+    state = torch.get_rng_state()
+    _check_arch(body, arch, cut)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("arch,cut,other,message", [
+    ("toy_resnet", None, ("resnet18", None), r"arch='resnet18', cut=None makes another body than the network has \(layer4: a layer instead of none\); give the arch and cut it was made with"),
+    ("resnet18", "layer3", ("resnet18", None), "cut=None makes another body than the network has .layer4: a layer instead of none"),
+    ("resnet18", None, ("resnet18", "layer3"), "cut='layer3' makes another body than the network has .layer4: none instead of a layer"),
+    ("resnet18", None, ("resnet34", None), r"layer1.2.conv1.weight: \(64, 64, 3, 3\) instead of none"), ("resnet50", None, ("wide_resnet50_2", None), r"\(128, 64, 1, 1\) instead of \(64, 64, 1, 1\)"),
+    ("resnet18", 4, ("resnet18", 3), "maxpool: none instead of a layer"),                                        # a pooling has no weights
+    ("resnet18", None, ("resnet18", "layer9"), "cut='layer9' is none of the body's layers"), ("resnet18", None, ("mobilenet_v2", None), "0: a layer instead of none")])
+def test_a_wrong_name_is_refused(arch, cut, other, message):
+    with pytest.raises(ValueError, match=message): _check_arch(create_body(arch, pretrained=False, cut=cut)[0], *other)
+
+
+def test_a_refused_name_leaves_the_folder_alone(dls, folder):
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    for arch, cut in (("resnet18", None), ("toy_resnet", 4)):
+        with pytest.raises(ValueError, match="makes another body than the network has"): save_focus(learner(dls), folder, arch, cut)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_a_body_of_ones_own_has_a_name_of_ones_own(dls, tmp_path):
+    "A function that makes the model: any name that nobody else has, and a warning of what loading will need."
+    def mine(): return torchvision.models.squeezenet1_1(weights=None)
+    learn = learner(dls, arch=mine)
+    with pytest.warns(UserWarning, match=r"arch='mine' is no model of torchvision.*load_focus\(folder, body=...\)"): folder = save_focus(learn, tmp_path / "mine", "mine")
+    assert load_focus(folder, body=create_body(mine, pretrained=False)[0]).n_features == 512
+    with pytest.raises(ValueError, match="toy_resnet.*or another name for a body of your own"): save_focus(learner(dls, arch=toy_resnet((8, 16))), tmp_path / "toy", "toy_resnet")
 
 
 def test_damaged_files(folder, tmp_path):
@@ -273,7 +335,7 @@ def test_onnx_of_every_kind_of_net(dls, tmp_path, kwargs):
     assert not model.functions and {node.domain for node in model.graph.node} == {""}      # nothing but ONNX's own operators
     assert all(dims.dim[0].dim_param for dims in [model.graph.input[0].type.tensor_type.shape, model.graph.output[0].type.tensor_type.shape])
     about = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
-    assert about["classes"] == net.classes and about["input_size"] == [64, 64]
+    assert about["classes"] == net.classes and (about["input_size"], about["resize"], about["squash"], about["min_side"]) == ([64, 64], [64, 64], True, 64)
     assert {p.name for p in tmp_path.iterdir()} == {"model", "model.onnx"}                 # one file, weights inside
 
 
@@ -315,6 +377,27 @@ def test_input_larger_than_the_first_look(tmp_path):
     x = toy_images((96, 96), 2)
     with torch.no_grad(): want = (net((x - torch.tensor(net.stats[0])[:, None, None]) / torch.tensor(net.stats[1])[:, None, None]) / 2.5).softmax(-1)
     assert torch.allclose(run(x)["probabilities"], want, atol=1e-4) and run(x)["boxes"].max() > 64
+
+
+@pytest.mark.parametrize("prepared", [dict(), dict(squash=False, resize=[80, 72]), dict(min_side=None), dict(squash=False, input_size=[64, 64], resize=[65, 90], min_side=90)], ids=str)
+@pytest.mark.parametrize("size,orientation", [((640, 410), 1), ((300, 777), 6), ((50, 70), 3)])
+def test_without_this_library(saved, tmp_path, prepared, size, orientation):
+    "The program that notebook 90 shows needs PIL, NumPy and ONNX Runtime alone, and answers as the library does."
+    pytest.importorskip("onnxruntime")
+    cells = json.loads((Path(__file__).parents[1] / "nbs" / "90_export.ipynb").read_text(encoding="utf-8"))["cells"]
+    program = next("".join(cell["source"]) for cell in cells if "def answer(graph, file)" in "".join(cell["source"])).split("photograph = ")[0]
+    assert "torch" not in program and "fd_focus" not in program
+    shown = dict(json=json, np=np)
+    exec(program, shown)
+    y, x = np.mgrid[0:size[1], 0:size[0]]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.stack([x * 255 / size[0], y * 255 / size[1], 128 + 90 * np.sin(x / 40) * np.cos(y / 30)], -1).astype(np.uint8)).save(tmp_path / "x.jpg", exif=exif)
+    net = load_focus(saved)
+    net.config |= prepared
+    label, probability, boxes = shown["answer"](export_model(net, tmp_path / "x.onnx"), tmp_path / "x.jpg")
+    want = FocusClassifier(net, "cpu").predict(tmp_path / "x.jpg")
+    assert label == want.label and abs(probability - want.probability) < 2e-3 and np.abs(boxes - want.boxes.numpy()).max() < .01
 
 
 def test_parity_fails_where_it_should(dls, tmp_path):

@@ -222,10 +222,44 @@ def test_temperature_undoes_sharpening(sharpen):
     assert loss(temperature) <= min(loss(temperature * f) for f in (.9, .97, 1.03, 1.1))
 
 
-def test_temperature_stays_finite_for_a_perfect_network():
-    logits = torch.eye(4)[torch.arange(40) % 4] * 5
-    assert .04 < fit_temperature(logits, torch.arange(40) % 4) < 1
-    assert 1 < fit_temperature(logits, (torch.arange(40) + 1) % 4) < 21
+def test_the_usual_temperature_is_the_most_likely_one():
+    "Against a fine grid: the case without an error changes nothing where there are some, few or many."
+    for wrong in (1, 3, 300):
+        logits, targets = drawn(n=600, sharpen=2.)
+        guess = logits.argmax(1)
+        targets = torch.where(torch.arange(600) < wrong, targets.where(targets != guess, (guess + 1) % 8), guess)
+        grid = np.geomspace(1 / 20, 20, 6001)                           # steps of a thousandth
+        losses = [torch.nn.functional.cross_entropy(logits.double() / t, targets).item() for t in grid]
+        assert math.isclose(fit_temperature(logits, targets), grid[np.argmin(losses)], rel_tol=1e-3), wrong
+
+
+@pytest.mark.parametrize("scale", [.01, .3, 5., 1000.])
+def test_no_temperature_without_an_error(scale):
+    "A network that hesitates, but is right each time, is not made to sound sure; one that is sure stays so."
+    right, logits = torch.arange(40) % 4, torch.eye(4)[torch.arange(40) % 4] * scale
+    assert fit_temperature(logits, right) == 1
+    assert fit_temperature(torch.zeros(40, 4), right) == 1             # says nothing at all
+    assert fit_temperature(logits, right.flip(0)) > 1
+    assert fit_temperature(logits[:1], right[:1]) == 1
+
+
+def test_calibrating_where_all_is_right(learn, monkeypatch):
+    import fd_focus.interpret
+    targets = torch.arange(60) % 3
+    hesitant = torch.eye(3)[targets] * torch.linspace(.3, 2, 60)[:, None]
+    monkeypatch.setattr(fd_focus.interpret, "predictions", lambda learn: (hesitant, targets))
+    found = calibrate(learn)
+    lowest = hesitant.softmax(1).max(1).values.min()
+    assert (found.temperature, found.sure_accuracy, found.sure_share) == (1, 1, 1) and math.isclose(found.threshold, lowest, abs_tol=1e-6) and found.ece == found.ece_calibrated
+
+
+def test_never_sure_is_not_only_sure_at_one():
+    "Float32 has probabilities of 1.0: they may count as sure, where nothing else does; or there is no threshold at all."
+    certain = torch.eye(2)[torch.zeros(20, dtype=torch.long)]
+    right = confidence_threshold(certain, torch.zeros(20))
+    assert (right.probability, right.accuracy, right.share) == (1, 1, 1)
+    wrong = confidence_threshold(certain, torch.ones(20))
+    assert wrong.probability == 2 and math.isnan(wrong.accuracy) and wrong.share == 0 and not (certain >= wrong.probability).any()
 
 
 def test_reliability_against_sklearn():
@@ -261,7 +295,7 @@ def test_threshold_is_the_smallest_that_keeps_the_promise(seed, accuracy, least)
     confidence, guess = probabilities.double().max(1)
     right = guess == targets
     fits = [t for t in confidence.unique().tolist() if (keep := confidence >= t).sum() >= least and right[keep].double().mean() >= accuracy - 1e-9]
-    if not fits: assert found.probability == 1 and found.share == 0 and math.isnan(found.accuracy); return
+    if not fits: assert found.probability == 2 and found.share == 0 and math.isnan(found.accuracy); return
     keep = confidence >= found.probability
     assert found.probability == min(fits)
     assert math.isclose(found.share, keep.double().mean()) and math.isclose(found.accuracy, right[keep].double().mean())
@@ -269,7 +303,7 @@ def test_threshold_is_the_smallest_that_keeps_the_promise(seed, accuracy, least)
 
 def test_calibrate_a_learner(learn, tmp_path):
     found = calibrate(learn, accuracy=.5)
-    assert 1 / 20 <= found.temperature <= 20 and 0 <= found.threshold <= 1 and 0 <= found.ece <= 1 and 0 <= found.ece_calibrated <= 1
+    assert 1 / 20 <= found.temperature <= 20 and (0 <= found.threshold <= 1 or found.threshold == 2 and found.sure_share == 0) and 0 <= found.ece <= 1 and 0 <= found.ece_calibrated <= 1
     logits, targets = predictions(learn)
     assert math.isclose(found.temperature, fit_temperature(logits, targets))
     probabilities = (logits / found.temperature).softmax(1)
@@ -277,4 +311,9 @@ def test_calibrate_a_learner(learn, tmp_path):
     assert math.isclose(sure.double().mean(), found.sure_share, abs_tol=1e-9)
     from fd_focus.export import load_focus, save_focus
     save_focus(learn, tmp_path, "toy_resnet", temperature=found.temperature, threshold=found.threshold)      # the model folder takes them
-    assert math.isclose(load_focus(tmp_path).config["temperature"], found.temperature)
+    config = load_focus(tmp_path).config
+    assert math.isclose(config["temperature"], found.temperature) and config["threshold"] == found.threshold
+    never = calibrate(learn, accuracy=1.)
+    assert never.threshold == 2 and never.sure_share == 0 and math.isnan(never.sure_accuracy)                # an untrained network
+    save_focus(learn, tmp_path, "toy_resnet", temperature=never.temperature, threshold=never.threshold)
+    assert load_focus(tmp_path).config["threshold"] == 2

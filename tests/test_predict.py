@@ -20,7 +20,7 @@ from fd_focus.cli import fd_focus_predict
 from fd_focus.data import FocusDataLoaders
 from fd_focus.export import load_focus, save_focus
 from fd_focus.learner import focus_learner
-from fd_focus.predict import FocusClassifier, Prediction, draw_prediction, prepare
+from fd_focus.predict import FocusClassifier, Prediction, Rows, draw_prediction, predict_files, prepare
 from fd_focus.toy import ToyBirds
 
 SIZES = ((90, 70), (64, 120), (77, 77))    # of the original pictures, width and height
@@ -221,8 +221,11 @@ def test_temperature_and_threshold(birds, tmp_path):
     cold, warm = (FocusClassifier.load(folder, "cpu").predict(file) for folder in (plain, hot))
     assert torch.allclose((cold.probabilities.log() / 3).softmax(-1), warm.probabilities, atol=1e-5)
     assert cold.sure is None and warm.sure is (warm.probability >= .4) and warm.label == cold.label
-    sure = save_focus(learn, tmp_path / "sure", "toy_resnet", threshold=0.)
-    assert FocusClassifier.load(sure, "cpu").predict(file).sure is True
+    for threshold, sure in ((0., True), (2., False)):                         # 2: no answer is sure, however probable
+        folder = save_focus(learn, tmp_path / f"{threshold}", "toy_resnet", temperature=1e-4, threshold=threshold)
+        found = FocusClassifier.load(folder, "cpu").predict(file)
+        assert found.sure is sure and found.probability == 1
+        assert ("not sure" in repr(found)) is not sure
 
 
 def test_plain_model(birds, tmp_path):
@@ -264,6 +267,65 @@ def test_drawing(model, birds):
     assert (drawn[y + 1, x + 5] == [255, 0, 0]).all()                       # the best region is red and on top
     assert (drawn[2, 2] == 50).all()                                        # not seen
     assert draw_prediction(image, found, longest=100).size == (100, 75)
+
+
+def photograph(file, size=(3600, 2700)):
+    y, x = np.mgrid[0:size[1], 0:size[0]]
+    Image.fromarray(np.stack([x * 255 / size[0], y * 255 / size[1], (x + y) % 256], -1).astype(np.uint8)).save(file, quality=80)
+    return str(file)
+
+
+@pytest.mark.parametrize("size,longest,drawn", [((3600, 2700), 1600, (1600, 1200)), ((1900, 3000), 700, (443, 700)), ((6000, 900), 1600, (1600, 240))])
+def test_a_large_photograph_is_drawn_as_it_was_read(model, tmp_path, monkeypatch, size, longest, drawn):
+    "Of more pixels than PIL allows: predicted and drawn at reduced scale, turned ones too, where a drawing from all pixels has its boxes."
+    exif, file = Image.Exif(), tmp_path / "x.jpg"
+    exif[0x0112] = 8
+    Image.open(photograph(file, size)).save(file, quality=80, exif=exif)
+    classifier = FocusClassifier.load(model, "cpu")
+    found, in_full = classifier.predict(file), ImageOps.exif_transpose(Image.open(file))
+    want = draw_prediction(in_full, found, longest)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", size[0] * size[1] * 2 // 3)
+    assert classifier.predict(file).size == found.size == size
+    with pytest.raises(ValueError, match=f"{size[0]}x{size[1]} pixels are more than .*perhaps a decompression bomb"): draw_prediction(file, found)
+    have = draw_prediction(file, found, longest)
+    assert have.size == want.size == drawn[::-1]
+    assert np.abs(np.asarray(have, float) - np.asarray(want)).mean() < 12, "the picture differs"        # of 255; the third colour is all edges
+    frame = lambda image: (np.asarray(image) == [255, 0, 0]).all(-1)
+    assert frame(have).sum() > 100 and (frame(have) == frame(want)).all()
+
+
+def test_a_picture_that_cannot_be_drawn_keeps_its_answer(model, birds, tmp_path, monkeypatch):
+    "Whatever goes wrong in drawing one picture is a word in its row; the others follow."
+    files, classifier = [str(file) for file in sorted(birds.rglob("*.jpg"))[:4]], FocusClassifier.load(model, "cpu")
+    want = classifier.predict(files)
+    for number, error in enumerate((ValueError("no place for a frame"), MemoryError(), FileNotFoundError("no file: it went away"), KeyError("x"))):
+        def draw(file, *args, **kwargs):
+            if file == files[number]: raise error
+            return draw_prediction(file, *args, **kwargs)
+        monkeypatch.setattr("fd_focus.predict.draw_prediction", draw)
+        for kind in ("jsonl", "csv"):
+            text, seen = io.StringIO(), tmp_path / f"{number}{kind}"
+            assert predict_files(classifier, files, Rows(text, kind, 3, 4), regions=seen, bs=2) == (4, 1)
+            rows = [json.loads(line) for line in text.getvalue().splitlines()] if kind == "jsonl" else pd.read_csv(io.StringIO(text.getvalue()), keep_default_na=False).to_dict("records")
+            assert [row["label"] for row in rows] == [found.label for found in want] and [row.get("error") or "" for row in rows].count("") == 3
+            assert rows[number]["error"] == f"not drawn: {str(error) or 'MemoryError()'}" and len(list(seen.rglob("*.jpg"))) == 3
+
+
+def test_a_full_disk_ends_the_batch(model, birds, tmp_path, monkeypatch):
+    "It would be in the way of every other drawing too."
+    files, classifier = [str(file) for file in sorted(birds.rglob("*.jpg"))[:4]], FocusClassifier.load(model, "cpu")
+    def full(image, file, *args, **kwargs): raise OSError(28, "No space left on device", str(file))
+    monkeypatch.setattr(Image.Image, "save", full)
+    text = io.StringIO()
+    with pytest.raises(OSError, match="No space left"): predict_files(classifier, files, Rows(text, "jsonl", 3, 4), regions=tmp_path / "seen")
+    assert not text.getvalue()
+
+
+def test_an_error_without_words_has_its_name(model):
+    text = io.StringIO()
+    Rows(text, "jsonl", 3, 4).write("x.jpg", MemoryError())
+    Rows(text, "csv", 3, 4, header=False).write("x.jpg", MemoryError())
+    assert text.getvalue().splitlines() == ['{"file": "x.jpg", "error": "MemoryError()"}', "x.jpg" + "," * 16 + "MemoryError()"]
 
 
 # The command line
