@@ -14,6 +14,7 @@ import random
 import sqlite3
 import time
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -171,28 +172,67 @@ def duplicate_images(
     return found.drop(columns="place").assign(group=found.group.map(number)).sort_values(["group", "split", "file"])
 
 # %% ../nbs/60_data.ipynb #60_data024
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm"}
+EXTENSIONS = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm"}
+_UNREAD = set(".heic .heif .avif .jxl .jp2 .jpe .jpx .j2k .svg .psd .tga .pgm .pbm .pnm .dcm "      # pictures all the same
+              ".raw .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf".split())
 
 def _some(names, most: int = 10) -> str:
     "The first names, and how many more."
     names = sorted(map(str, names))
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
+def _hidden(name: str) -> bool: return name.startswith(".") or name == "__MACOSX"
+
+def _subfolders(folder: Path) -> list[Path]: return [sub for sub in sorted(folder.iterdir()) if sub.is_dir() and not _hidden(sub.name)]
+
+def _files(folder: Path) -> list[Path]:
+    "All files below a folder, hidden ones and those in hidden folders aside."
+    found = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not _hidden(name)]      # os.walk goes down into what is left
+        found += [Path(place, name) for name in names if not _hidden(name)]
+    return sorted(found)
+
 def _class_folders(folder: Path) -> pd.DataFrame:
-    "file (relative to `folder`), label. Warns of pictures beside the class folders."
-    subs = [sub for sub in sorted(folder.iterdir()) if sub.is_dir() and not sub.name.startswith(".")]
-    if loose := [f.name for f in folder.iterdir() if f.suffix.lower() in EXTENSIONS and f.is_file()]:
-        warnings.warn(f"{len(loose)} pictures in {folder} lie in no class folder and are left out: {_some(loose, 3)}", DataWarning, stacklevel=2)
-    return pd.DataFrame([(file.relative_to(folder).as_posix(), sub.name) for sub in subs for file in sorted(sub.rglob("*"))
-                         if file.suffix.lower() in EXTENSIONS and not file.name.startswith(".")], columns=["file", "label"])
+    "file (relative to `folder`), label. Warns of pictures that are left out: beside the class folders, or of a kind that is not read."
+    if loose := [f.name for f in folder.iterdir() if f.suffix.lower() in EXTENSIONS and f.is_file() and not _hidden(f.name)]:
+        warnings.warn(f"{len(loose)} pictures in {folder} lie in no class folder and are left out: {_some(loose, 3)}", DataWarning, stacklevel=3)
+    files = [(file, sub.name) for sub in _subfolders(folder) for file in _files(sub)]
+    if kinds := Counter(file.suffix.lower() for file, _ in files if file.suffix.lower() in _UNREAD):
+        counts = ", ".join(f"{kind} {n}" for kind, n in sorted(kinds.items()))
+        warnings.warn(f"{kinds.total()} files in class folders of {folder} are left out: {counts}; convert them to JPEG or PNG", DataWarning, stacklevel=3)
+    return pd.DataFrame([(file.relative_to(folder).as_posix(), label) for file, label in files if file.suffix.lower() in EXTENSIONS], columns=["file", "label"])
 
 def _no_empty_class(folders: list[Path], table: pd.DataFrame):
     "ValueError naming class folders that hold no picture anywhere."
-    names = {sub.name for folder in folders for sub in folder.iterdir() if sub.is_dir() and not sub.name.startswith(".")}
+    names = {sub.name for folder in folders for sub in _subfolders(folder)}
     if not len(table) or not (empty := sorted(names - set(table.label))): return
-    kinds = {f.suffix.lower() for folder in folders if (folder / empty[0]).is_dir() for f in (folder / empty[0]).rglob("*") if f.is_file()} - {""}
+    kinds = {f.suffix.lower() for folder in folders for f in _files(folder / empty[0])} - {""}
     hint = f" ({empty[0]} has {_some(kinds)}; known are {_some(EXTENSIONS)})" if kinds else ""
     raise ValueError(f"class folders without pictures: {_some(empty)}{hint}; fill or remove them")
+
+_HALVES = ("train", "training"), ("valid", "val", "validation"), ("test", "testing")     # names of folders, in any case
+
+def _no_deeper_classes(folders: list[Path], table: pd.DataFrame):
+    "ValueError where the classes seem to lie one level deeper: one 'class' alone, or one called like a half, with all its pictures in folders of their own."
+    depth = 1 if len(folders) == 1 else 2      # parts of a file's name down to the class folder
+    below = table.file.str.split("/").str[depth:-1].groupby(table.label)
+    inner = {label: {parts[0] for parts in rows} for label, rows in below if all(rows)}
+    if table.label.nunique() == 1 and inner:
+        (label, subs), = inner.items()
+        remedy = f"give {folders[0] / label}" if depth == 1 else f"move them up, into {_some(folders)}"
+        raise ValueError(f"only one class, {label}, with all its pictures in folders below it: {_some(subs)}. "
+                         f"If these are the classes, point one level deeper: {remedy}")
+    if depth == 1 and (halves := sorted(label for label in inner if label.lower() in sum(_HALVES, ()))):
+        raise ValueError(f"{_some(halves)} in {folders[0]}: named like halves of a split, not like classes, and all pictures lie in folders below "
+                         f"({_some(inner[halves[0]])}). Call the halves train and valid (or test), or point one level deeper: give {folders[0] / halves[0]}")
+
+def _warn_unlisted(file: Path, listed: pd.Series):
+    "DataWarning where pictures lie in the folder of a CSV that has no row for them."
+    listed = {os.path.abspath(file.parent / name) for name in listed}
+    if left := [f for f in _files(file.parent) if f.suffix.lower() in EXTENSIONS and os.path.abspath(f) not in listed]:
+        warnings.warn(f"{file.name} does not list {len(left)} of the pictures in {file.parent}, which are left out, "
+                      f"such as {left[0].relative_to(file.parent).as_posix()}", DataWarning, stacklevel=3)
 
 def stratified_split(
     labels: pd.Series,        # label of each picture
@@ -210,6 +250,9 @@ def stratified_split(
 def _resplit(table: pd.DataFrame, valid_pct: float | None, seed: int, own: str = "valid") -> pd.DataFrame:
     "The table's own split, or a share of its training half for validation. `attrs` remember by what it is judged: `own`, or 'train'."
     if valid_pct is not None:
+        if own == "valid" and (left := int((table.split == "valid").sum())):      # a test half is left out on purpose
+            warnings.warn(f"valid_pct={valid_pct} sets aside a share of the training pictures and leaves out the {left} of the validation half; "
+                          "leave valid_pct away to judge by those", DataWarning, stacklevel=3)
         table = table[table.split == "train"].reset_index(drop=True)
         table, own = table.assign(split=np.where(stratified_split(table.label, valid_pct, seed), "valid", "train")), "train"
     table.attrs["judged_by"] = own
@@ -221,31 +264,36 @@ def folder_table(
     valid_pct: float | None = None,  # None: the folder's own split, or a fifth of each class where it has none; else this share of the training pictures
     seed: int = 0,                   # of the share
 ) -> pd.DataFrame:                   # columns file (relative to path), label, split ('train' or 'valid')
-    "Pictures, labels and split of a folder. Raises FileNotFoundError or ValueError that say what was looked for."
+    "Pictures, labels and split of a folder. Raises FileNotFoundError or ValueError that say what was looked for; DataWarning says what is left out."
     path = Path(path)
+    if path.is_file(): raise ValueError(f"{path} is a file: give the folder that holds it, where a table is called split.csv; or use FocusDataLoaders.from_csv")
     if not path.is_dir(): raise FileNotFoundError(f"no folder {path}")
     if (path / "split.csv").is_file(): return csv_table(path / "split.csv", valid_pct=valid_pct, seed=seed)
-    held_out = next((name for name in ("valid", "val", "test") if (path / name).is_dir()), None)
-    if (path / "train").is_dir() and held_out:
-        folders = [path / "train", path / held_out]
+    subs = {sub.name.lower(): sub for sub in _subfolders(path)}
+    train, valid, test = (next((subs[name] for name in names if name in subs), None) for names in _HALVES)
+    if train and (held_out := valid or test):
+        folders = [train, held_out]
         parts = [_class_folders(folder).assign(split=split, file=lambda t: [f"{folder.name}/{f}" for f in t.file])
                  for folder, split in zip(folders, ("train", "valid"))]
         table = pd.concat(parts, ignore_index=True)
     else: folders, table = [path], _class_folders(path)
     if table.empty: raise ValueError(f"no pictures in {path}: put them into one folder a class ({_some(EXTENSIONS)})")
     _no_empty_class(folders, table)
+    _no_deeper_classes(folders, table)
     if "split" not in table: return _resplit(table.assign(split="train"), 0.2 if valid_pct is None else valid_pct, seed)
-    return _resplit(table, valid_pct, seed, "test" if held_out == "test" else "valid")
+    return _resplit(table, valid_pct, seed, "valid" if valid else "test")
 
 def csv_table(
     file: str | Path,                # CSV with columns file,label and perhaps split ('train', and 'valid', 'val' or 'test') and x0,y0,x1,y1
     valid_pct: float | None = None,  # None: the column split, or a fifth of each class where there is none; else this share of the training pictures
     seed: int = 0,
 ) -> pd.DataFrame:                   # columns file, label, split, and box (xyxy; NaN where the row has none) where the CSV has the four
-    "Table of a CSV file; paths in it are relative to its folder. Raises ValueError for missing columns, doubled files or unknown splits."
+    """Table of a CSV file; paths in it are relative to its folder, blanks around names do not count. Raises ValueError for missing columns, doubled files or
+    unknown splits. DataWarning where a split.csv leaves out pictures of its folder."""
     if not Path(file).is_file(): raise FileNotFoundError(f"no file {file}")
-    missing = {name: ["", "NA", "NaN", "nan", "null"] for name in ("x0", "y0", "x1", "y1")} | {name: [""] for name in ("file", "label", "split")}   # 'None' may be a class
-    table = pd.read_csv(file, dtype={"file": str, "label": str, "split": str}, encoding="utf-8-sig", keep_default_na=False, na_values=missing)
+    missing = {name: ["", "NA", "NaN", "nan", "null"] for name in ("x0", "y0", "x1", "y1")}      # nowhere else: 'None' may be a class
+    table = pd.read_csv(file, dtype={"file": str, "label": str, "split": str}, encoding="utf-8-sig", keep_default_na=False, na_values=missing, skipinitialspace=True)
+    for name in {"file", "label", "split"} & set(table): table[name] = table[name].str.strip().replace("", np.nan)
     if missing := {"file", "label"} - set(table): raise ValueError(f"{file} has no column {', '.join(sorted(missing))}; it has {', '.join(table)}")
     if table.empty: raise ValueError(f"{file} has no rows")
     if table[["file", "label"]].isna().any(axis=None):
@@ -253,6 +301,7 @@ def csv_table(
     if (twice := table.file.duplicated(keep=False)).any():
         name = table.file[twice].iloc[0]
         raise ValueError(f"{file} lists {table.file[twice].nunique()} files more than once, such as {name} on lines {', '.join(str(i + 2) for i in np.flatnonzero(table.file == name))}")
+    if Path(file).name == "split.csv": _warn_unlisted(Path(file), table.file)      # it stands for its folder; another CSV may be about a part of one
     if corners := [c for c in ("x0", "y0", "x1", "y1") if c in table]:
         if len(corners) < 4: raise ValueError(f"{file} has {', '.join(corners)}; a box needs x0, y0, x1 and y1")
         values = table[corners].to_numpy(np.float32)
@@ -417,10 +466,10 @@ class FocusDataLoaders(DataLoaders):
         balance: bool = False,            # draw every class equally often in training
         cache: str | Path | None = None,  # folder that keeps large pictures reduced, see `ReducedPictures`
         cache_gb: float = 10.,            # its size, gigabytes
-        bs: int = 16,                     # pictures a batch
+        bs: int = 16,                     # pictures a batch, at most those in training
         **kwargs,
     ) -> "FocusDataLoaders":
-        "DataLoaders of a table. ValueError names broken pictures or classes; DataWarning what was left out or is there twice."
+        "DataLoaders of a table. ValueError names broken pictures or classes, or a batch that never fills; DataWarning what was left out or is there twice."
         _known(kwargs)
         if on_bad_image not in ("error", "skip"): raise ValueError(f"on_bad_image={on_bad_image!r}; use 'error' or 'skip'")
         if on_duplicate not in ("warn", "drop"): raise ValueError(f"on_duplicate={on_duplicate!r}; use 'warn' or 'drop'")
@@ -446,6 +495,7 @@ class FocusDataLoaders(DataLoaders):
 
     @classmethod
     def _of(cls, dls, table, image_size, path="."):
+        if not len(dls.train): raise ValueError(f"bs={dls.train.bs} is more than the {dls.train.n} training pictures; use a smaller batch")
         self = cls(*dls.loaders, path=path, device=dls.device)
         self.table = table.set_index(table.file.astype(str).rename(None))
         self.image_size, self.skipped, self.duplicates = image_size, {}, table.iloc[:0]
@@ -661,7 +711,9 @@ def _need(files: list[Path], what: str):
     "FileNotFoundError naming missing files and where to get the set."
     if gone := [str(f) for f in files if not f.exists()]: raise FileNotFoundError(f"missing {', '.join(gone)}. {what}")
 
-def _cub_root(path: Path) -> Path: return path / "CUB_200_2011" if (path / "CUB_200_2011").is_dir() else path
+def _cub_root(path: Path) -> Path:
+    "The folder with images.txt: the archive holds a folder and a file, and is unpacked into a folder of its own."
+    return next((p for p in (path / "CUB_200_2011" / "CUB_200_2011", path / "CUB_200_2011") if p.is_dir()), path)
 
 _CUB = "CUB-200-2011: download=True fetches it, or data.caltech.edu/records/65de6-vp158"
 
@@ -752,7 +804,7 @@ def from_cub(cls: FocusDataLoaders,
     **kwargs,
 ) -> FocusDataLoaders:
     "DataLoaders of CUB-200-2011 (see `cub_table`, `from_table`). FileNotFoundError names what is missing."
-    if download and not (_cub_root(Path(path)) / "images.txt").is_file(): untar_data(URLs.CUB_200_2011, archive=Path(path), data=Path(path))
+    if download and not (_cub_root(Path(path)) / "images.txt").is_file(): untar_data(URLs.CUB_200_2011, archive=Path(path).absolute(), data=Path(path).absolute())   # fastai takes a relative path from its own folder
     table, root = cub_table(path, valid_pct, seed), _cub_root(Path(path))
     _need([root / "images"], _CUB)
     return cls.from_table(table, root, **kwargs)

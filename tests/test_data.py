@@ -90,6 +90,35 @@ def test_cars_index(data, tmp_path):
         assert [theirs.classes[k].replace("/", "-") for _, k in theirs._samples] == rows.label.tolist()
 
 
+def small_cub(root):
+    "CUB's layout with two classes of three pictures."
+    lists = dict(images="{i} {c}/{i}.jpg", image_class_labels="{i} {k}", train_test_split="{i} {t}", bounding_boxes="{i} 2.0 3.0 20.0 30.0")
+    rows = [dict(i=i, k=1 + i % 2, c="ab"[i % 2], t=int(i < 4)) for i in range(6)]
+    for row in rows:
+        (root / "images" / row["c"]).mkdir(parents=True, exist_ok=True)
+        photograph(row["i"]).save(root / "images" / row["c"] / f"{row['i']}.jpg")
+    for name, line in lists.items(): (root / f"{name}.txt").write_text("".join(line.format(**row) + "\n" for row in rows))
+    (root / "classes.txt").write_text("1 a\n2 b\n")
+
+
+def test_cub_wherever_it_is_unpacked(tmp_path):
+    "The archive holds a folder and a file, so that unpacking makes a folder around them."
+    for root in ("plain", "one/CUB_200_2011", "two/CUB_200_2011/CUB_200_2011"): small_cub(tmp_path / root)
+    for path in ("plain", "one", "one/CUB_200_2011", "two", "two/CUB_200_2011"):
+        assert len(FocusDataLoaders.from_cub(tmp_path / path, image_size=32, bs=2, num_workers=0).train_ds) == 4
+
+
+def test_official_split_as_csv(tmp_path):
+    "As the tutorial on the paper's tables writes it for `fd_focus_train --data`."
+    small_cub(tmp_path)
+    official = cub_table(tmp_path)
+    official.assign(split=official.split.replace("valid", "test"))[["file", "label", "split"]].to_csv(tmp_path / "split.csv", index=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DataWarning)
+        dls = loaders(tmp_path, bs=2)
+    assert dls.judged_by == "test" and dls.table[["file", "label", "split"]].reset_index(drop=True).equals(official[["file", "label", "split"]])
+
+
 def test_cars_single_archive(tmp_path):
     dtype = [(n, "O") for n in ("relative_im_path", "bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", "test")]
     rows = np.array([(f"car_ims/{i:06d}.jpg", 1 + i, 2, 30, 40, 1 + i % 2, int(i > 3)) for i in range(6)], dtype=dtype)
@@ -157,6 +186,9 @@ def test_downloads_are_asked_for_once(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError): FocusDataLoaders.from_cub(tmp_path, download=True)
     with pytest.raises(FileNotFoundError): FocusDataLoaders.from_aircraft(tmp_path, download=True)
     assert calls == [("https://s3.amazonaws.com/fast-ai-imageclas/CUB_200_2011.tgz", tmp_path), (tmp_path, True)]
+    monkeypatch.chdir(tmp_path)                                  # fastai would take a relative path from its own folder
+    with pytest.raises(FileNotFoundError): FocusDataLoaders.from_cub("birds", download=True)
+    assert calls.pop()[1] == tmp_path / "birds"
     aircraft(tmp_path, dict(trainval=2, test=1))
     with pytest.raises(ValueError, match="no such file"): FocusDataLoaders.from_aircraft(tmp_path, download=True)
     assert len(calls) == 2
@@ -284,6 +316,135 @@ def folder(tmp_path):
 
 
 def loaders(folder, **kwargs): return FocusDataLoaders.from_folder(folder, **dict(dict(image_size=32, bs=4, num_workers=0), **kwargs))
+
+
+def test_halves_are_known_by_other_names_too(folder):
+    for train, other, judged in (("Training", "Test", "test"), ("train", "validation", "valid"), ("TRAIN", "Val", "valid"), ("train", "testing", "test")):
+        root = folder.parent / f"{train}-{other}"
+        for i, half in enumerate((train, other)):
+            shutil.copytree(folder, root / half, ignore=lambda place, names: [n for n in names if n.endswith(".jpg") and int(n[:2]) // 2 % 2 == i])
+        table = folder_table(root)
+        assert set(table.label) == {"a", "b"} and table.attrs["judged_by"] == judged
+        assert all(file.startswith(f"{train}/" if split == "train" else f"{other}/") for file, split in zip(table.file, table.split)) and len(table) == 16
+    shutil.copytree(folder, root / "valid")
+    assert folder_table(root).attrs["judged_by"] == "valid" and len(folder_table(root)) == 24       # the test half is left for later
+
+
+def test_classes_one_level_deeper(folder):
+    high = folder.parent / "high"
+    shutil.copytree(folder, high / "birds")
+    with pytest.raises(ValueError, match="only one class, birds, .*: a, b. If .*: give .*high/birds$"): folder_table(high)
+    with pytest.raises(ValueError, match="one level deeper"): loaders(high)
+    shutil.copytree(folder, high / "mammals")                               # folders in class folders are all right
+    assert set(folder_table(high).label) == {"birds", "mammals"}
+    halves = folder.parent / "halves"
+    for name in ("train", "holdout"): shutil.copytree(folder, halves / name)
+    with pytest.raises(ValueError, match=r"train in .*halves: named like halves .* \(a, b\).* train and valid .* give .*halves/train$"): folder_table(halves)
+    (halves / "holdout").rename(halves / "Validate")
+    (halves / "train").rename(halves / "test")
+    with pytest.raises(ValueError, match="test in .*named like halves"): folder_table(halves)
+    photograph(50).save(halves / "test" / "x.jpg")                          # pictures of its own: a class
+    assert set(folder_table(halves).label) == {"test", "Validate"}
+    for name in ("train", "valid"): shutil.copytree(folder, folder.parent / "two" / name / "birds")
+    with pytest.raises(ValueError, match="only one class, birds, .*move them up, into .*two/train, .*two/valid"): folder_table(folder.parent / "two")
+    only = folder.parent / "only"
+    shutil.copytree(folder / "a", only / "a")                               # one class and nothing below it: no folders to name
+    with pytest.raises(ValueError, match="only one class, a; a classifier needs at least 2"): loaders(only)
+
+
+def test_batches_that_never_fill(folder):
+    for make in (lambda **kwargs: loaders(folder, **kwargs), lambda **kwargs: FocusDataLoaders.from_table(folder_table(folder), folder, image_size=32, **kwargs),
+                 lambda **kwargs: loaders(folder, balance=True, **kwargs)):
+        with pytest.raises(ValueError, match="bs=16 is more than the 12 training pictures; use a smaller batch"): make(bs=16)
+        assert len(make(bs=12).train) == 1
+    assert len(loaders(folder, bs=16, drop_last=False).train) == 1
+    with pytest.raises(ValueError, match="bs=4 is more than the 3 training pictures"): loaders(folder, n=3)
+    with pytest.raises(ValueError, match="bs=32 is more than the 6 training pictures"): FocusDataLoaders.from_toy(2, 1, n_classes=3)
+    with pytest.raises(ValueError, match="bs=16 is more than the 12 training pictures; use a smaller batch"):
+        make_learner(Settings(str(folder), arch="toy_resnet", image_size=32, bs=16))
+
+
+def test_unread_kinds_are_counted(folder):
+    for i, name in enumerate(["x.HEIC", "y.heic", "deep/z.avif", ".hidden.heic", "notes.txt", "box.xml"]):
+        (folder / "ab"[i % 2] / name).parent.mkdir(exist_ok=True)
+        (folder / "ab"[i % 2] / name).write_text("")
+    with pytest.warns(DataWarning, match=r"^3 files in class folders of .*pictures are left out: .avif 1, .heic 2; convert them to JPEG or PNG$"): folder_table(folder)
+    photograph(77).save(folder / "a" / "more.jfif", "JPEG")
+    with pytest.warns(DataWarning): assert "a/more.jfif" in set(folder_table(folder).file)
+
+
+def test_hidden_folders_are_no_data(folder):
+    before = folder_table(folder)
+    for place in ("a/.thumbnails", "a/deep/.cache", "a/__MACOSX", "__MACOSX/a", ".trash"):
+        (folder / place).mkdir(parents=True)
+        photograph(60).save(folder / place / "0.jpg")
+    photograph(61).save(folder / "._loose.jpg")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DataWarning)
+        assert folder_table(folder).equals(before)
+        before.to_csv(folder / "split.csv", index=False)
+        assert folder_table(folder).equals(before)
+
+
+def test_what_valid_pct_leaves_out(folder):
+    rows = folder_table(folder).drop(columns="split")
+    with_half = lambda name: rows.assign(split=[name if i % 4 == 0 else "train" for i in range(16)]).to_csv(folder / "split.csv", index=False)
+    for name in ("valid", "val"):
+        with_half(name)
+        with pytest.warns(DataWarning, match="valid_pct=0.5 .* leaves out the 4 of the validation half; leave valid_pct away"):
+            assert len(folder_table(folder, .5)) == 12
+    for name in ("test", "train"):
+        with_half(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", DataWarning)
+            assert len(folder_table(folder, .5)) == {"test": 12, "train": 16}[name]
+    (folder / "split.csv").unlink()
+    for half in ("train", "valid", "test"): shutil.copytree(folder, folder.parent / "halves" / half)
+    with pytest.warns(DataWarning, match="leaves out the 16 of the validation half"): folder_table(folder.parent / "halves", .5)
+    shutil.rmtree(folder.parent / "halves" / "valid")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DataWarning)
+        folder_table(folder.parent / "halves", .5)
+
+
+def test_pictures_that_a_csv_does_not_list(folder):
+    rows = folder_table(folder)
+    rows[2:].to_csv(folder / "split.csv", index=False)
+    for read in (lambda: folder_table(folder), lambda: csv_table(folder / "split.csv")):
+        with pytest.warns(DataWarning, match="split.csv does not list 2 of the pictures in .*, which are left out, such as a/00.jpg"): assert len(read()) == 14
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DataWarning)
+        rows[2:].to_csv(folder / "part.csv", index=False)                       # any other CSV may be about a part
+        csv_table(folder / "part.csv")
+        halves = np.resize(["train", "valid", "test"], 16)                      # listed, though the test half is for later
+        rows.assign(split=halves).to_csv(folder / "split.csv", index=False)
+        folder_table(folder)
+        rows.assign(file=[f"./{f}" if i % 2 else str(folder / f) for i, f in enumerate(rows.file)]).to_csv(folder / "split.csv", index=False)
+        assert len(folder_table(folder)) == 16
+
+
+def test_blanks_in_a_csv(folder):
+    rows = folder_table(folder)
+    text = "file, label, split, x0, y0, x1, y1\n" + "".join(f"{r.file} , {r.label}\t, {r.split} , 1, 2, 30, 40\n" for r in rows.itertuples())
+    (folder / "split.csv").write_text(text)
+    table = folder_table(folder)
+    assert table[["file", "label", "split"]].equals(rows) and table.box[0].tolist() == [1, 2, 30, 40]
+    (folder / "split.csv").write_text('file,label,split\na/00.jpg, "crow, black", train\nb/01.jpg,jay ,train\n')
+    with pytest.warns(DataWarning): assert csv_table(folder / "split.csv").label.tolist() == ["crow, black", "jay"]
+    for label in ("  ", " \t "):
+        (folder / "named.csv").write_text(f"file,label\na/00.jpg,a\nb/01.jpg,{label}\n")
+        with pytest.raises(ValueError, match="line 3 has no file or no label"): csv_table(folder / "named.csv")
+    (folder / "named.csv").write_text("file,label\na/00.jpg,a\na/00.jpg ,b\n")
+    with pytest.raises(ValueError, match="a/00.jpg on lines 2, 3"): csv_table(folder / "named.csv")
+    (folder / "named.csv").write_text("file,label,split\na/00.jpg,a,\nb/01.jpg,b,\n")
+    with pytest.raises(ValueError, match=r"unknown split \(none\)"): csv_table(folder / "named.csv")
+
+
+def test_a_file_instead_of_its_folder(folder):
+    folder_table(folder).to_csv(folder / "split.csv", index=False)
+    for read in (folder_table, FocusDataLoaders.from_folder):
+        with pytest.raises(ValueError, match="split.csv is a file: give the folder that holds it"): read(folder / "split.csv")
+        with pytest.raises(FileNotFoundError, match="no folder .*nowhere"): read(folder / "nowhere")
 
 
 def test_unknown_arguments_are_errors(folder):
@@ -463,6 +624,7 @@ def test_kept_pictures_are_bounded_and_never_stale(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="cannot be read as a picture"): (tmp_path / "bad.jpg").write_text("x"); kept(tmp_path / "bad.jpg")
 
 
+@pytest.mark.filterwarnings("ignore::fd_focus.data.DataWarning")        # of a validation half that valid_pct leaves out
 def test_what_accuracy_is_judged_by(folder, tmp_path):
     "A test half is told from a validation half and from a share of the training pictures, so that nothing is chosen on it."
     by = lambda **kwargs: loaders(folder, **kwargs).judged_by
