@@ -304,7 +304,7 @@ def _predict(args: dict) -> tuple[int, int]:
         except BrokenPipeError:      # whoever read the rows has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
-    bad = f", {failed} could not be read: see the last column" if failed else ""
+    bad = f", {failed} failed: see the last column" if failed else ""
     print(f"{done} pictures{bad}" if done else "no pictures were given", file=sys.stderr)
     return done, failed
 

@@ -24,6 +24,7 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 from fastcore.meta import delegates
+from fastcore.foundation import L
 from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.external import URLs, untar_data
@@ -492,6 +493,11 @@ class FocusDataLoaders(DataLoaders):
         dls.geometry = (max(item_tfms[0].size), squash) if own else None
         dls.min_side, dls.judged_by = _target_side(item_tfms), judged_by
         return dls
+
+    def test_dl(self, test_items, *args, **kwargs):
+        "fastai's, which takes PIL images too: one that is still a file is read first, or transforms would give its type to what they make of it."
+        if isinstance(test_items, (list, tuple, L)): test_items = [open_image(item) if isinstance(item, Image.Image) else item for item in test_items]
+        return super().test_dl(test_items, *args, **kwargs)
 
     @classmethod
     def _of(cls, dls, table, image_size, path="."):

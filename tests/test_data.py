@@ -645,3 +645,18 @@ def test_a_class_may_be_called_none(folder):
     assert "None" in set(csv_table(folder / "named.csv").label)
     table.assign(label=table.label.replace(table.label[0], "")).to_csv(folder / "named.csv", index=False)
     with pytest.raises(ValueError, match="has no file or no label"): csv_table(folder / "named.csv")
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg"])
+def test_images_as_items(tmp_path, kind):
+    "An open PIL image, read or not, means the same as its file."
+    for k in range(8):
+        file = tmp_path / f"birds/{'ab'[k % 2]}/{k}.{kind}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        photograph(k).save(file)
+    dls = FocusDataLoaders.from_folder(tmp_path / "birds", image_size=32, bs=2)
+    item = dls.valid_ds.items[0]
+    path = tmp_path / "birds" / item
+    with Image.open(path) as still_a_file: lazy = dls.test_dl([still_a_file]).one_batch()[0]
+    for same in (lazy, dls.test_dl([open_image(path)]).one_batch()[0], dls.test_dl([np.asarray(Image.open(path))]).one_batch()[0]):
+        assert np.array_equal(same, dls.test_dl([item]).one_batch()[0])

@@ -378,7 +378,7 @@ def test_json_lines_stdin_and_bad_files(model, birds, tmp_path):
     listed = f"{good[0]}\n\n{tmp_path / 'text.jpg'}\n{tmp_path / 'gone.png'}\n{good[1]}\n"
     run = ask(model, "-", str(good[2].parent / "0[0-9].jpg"), tmp_path / "empty", f"{tmp_path}/*.tif", "--format", "jsonl", "--bs", 2, stdin=listed)
     rows = [json.loads(line) for line in run.stdout.splitlines()]
-    assert run.returncode == 1 and "4 could not be read" in run.stderr
+    assert run.returncode == 1 and "4 failed: see the last column" in run.stderr
     assert [row["file"] for row in rows[:4]] == [str(good[0]), str(tmp_path / "text.jpg"), str(tmp_path / "gone.png"), str(good[1])]
     assert "text.jpg cannot be read as a picture" in rows[1]["error"] and "no file" in rows[2]["error"]
     assert "error" not in rows[0] and len(rows[0]["boxes"]) == 4 and len(rows[0]["top5"]) == 3 and rows[0]["label"] == rows[0]["top5"][0][0]
@@ -422,7 +422,7 @@ def test_a_picture_that_fails_does_not_end_the_other_processes(model, tmp_path, 
     assert here(capsys, monkeypatch, model, tmp_path)[0] == 1
     assert here(capsys, monkeypatch, model, tmp_path, rank=0, world=2)[0] == 1
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, word in (("0", "1 could not be read"), ("1", "no pictures were given")):
+    for rank, word in (("0", "1 failed"), ("1", "no pictures were given")):
         monkeypatch.setenv("RANK", rank)
         status, _, told = here(capsys, monkeypatch, model, tmp_path)
         assert status == 0 and word in told
@@ -448,7 +448,7 @@ def test_names_that_are_not_utf8(model, birds, tmp_path, kind):
         with open(name, "wb") as file: file.write(good.read_bytes())
     run = subprocess.run([*starter("fd_focus_predict"), model, "-", tmp_path, "--device", "cpu", "--format", kind, "--out", tmp_path / "rows", "--regions", tmp_path / "seen"],
                          input=b"\n".join(names), capture_output=True)
-    assert run.returncode == 1 and b"5 pictures, 1 could not be read" in run.stderr, run.stderr
+    assert run.returncode == 1 and b"5 pictures, 1 failed" in run.stderr, run.stderr
     piped = subprocess.run([*starter("fd_focus_predict"), model, "-", "--device", "cpu", "--format", kind], input=b"\n".join(names), capture_output=True).stdout
     for data, wanted in (((tmp_path / "rows").read_bytes(), [*names, names[2], names[0]]), (piped, names)):
         lines = data.splitlines()[kind == "csv":]
