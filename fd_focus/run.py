@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOY_SETTINGS', 'FOLDER_SETTINGS', 'NET_SETTINGS', 'RECIPES', 'LOGS', 'Settings', 'check_settings', 'read_settings',
-           'make_learner', 'body_lr', 'weight_decay', 'train', 'versions', 'log_callback', 'spread', 'regions_figure',
-           'write_settings', 'write_run', 'write_examples']
+           'write_settings', 'make_learner', 'body_lr', 'weight_decay', 'train', 'versions', 'log_callback', 'spread',
+           'regions_figure', 'write_run', 'write_examples']
 
 # %% ../nbs/72_run.ipynb #72_run003
 import difflib
@@ -138,6 +138,11 @@ def read_settings(
     if not isinstance(values, dict): raise ValueError(f"{file} holds no settings; write one 'name: value' a line")
     try: return check_settings(values, extra)
     except ValueError as error: raise ValueError(f"{file}: {error}") from None
+
+def write_settings(settings: dict, out: str | Path) -> Path:
+    "Write settings.yaml into `out`; `read_settings` reads it."
+    Path(out).mkdir(parents=True, exist_ok=True)
+    return _put(Path(out) / "settings.yaml", lambda p: p.write_text(yaml.safe_dump(settings, sort_keys=False)))
 
 # %% ../nbs/72_run.ipynb #72_run007
 def make_learner(settings: Settings) -> FocusLearner:
@@ -287,11 +292,6 @@ def regions_figure(learn: FocusLearner, k: int = 12):
     guess, truth = focus.answer.argmax(1).tolist(), y.tolist()
     titles = [short(g) if g == t else f"{short(g)}\n(is {short(t)})" for g, t in zip(guess, truth)]
     return plot_focus(to_pixels(dl, x), focus, titles, ["green" if g == t else "red" for g, t in zip(guess, truth)])
-
-def write_settings(settings: dict, out: str | Path) -> Path:
-    "Write settings.yaml into `out`; `read_settings` reads it."
-    Path(out).mkdir(parents=True, exist_ok=True)
-    return _put(Path(out) / "settings.yaml", lambda p: p.write_text(yaml.safe_dump(settings, sort_keys=False)))
 
 def write_run(learn: FocusLearner, table: pd.DataFrame, summary: dict, out: str | Path) -> Path:
     "Write settings.yaml, metrics.csv, curves.png, regions.png and, last, summary.json into `out`."

@@ -332,14 +332,21 @@ def test_flags_win_over_the_file(finish, tmp_path):
 def typed(words): sys.argv[:] = words
 
 
-def test_typed_defaults_win_too(finish, tmp_path):
+def test_typed_defaults_win_too(start, tmp_path):
     "`--bs=32` is the default, but it was typed; so was `--ep`, in short."
     config = tmp_path / "settings.yaml"
-    config.write_text("epochs: 3\nbs: 8\nm: 5\nsigma: 2\ndata: nowhere\n")
-    status, said = finish(tmp_path / "run", typed, ["fd_focus_train", "--config", str(config), "--ep", "15", "--bs=32"], config=str(config))
-    assert status == 1 and "no folder nowhere" in said
+    config.write_text("epochs: 3\nbs: 8\nm: 5\nsigma: 2\narch: toy_resnet\nimage_size: 48\nimages_per_class: 8\n")
+    process = start(tmp_path / "run", typed, ["fd_focus_train", "--config", str(config), "--ep", "15", "--bs=32"], config=str(config))
+    wait_for((tmp_path / "run/settings.yaml").exists, process)
+    kill(process)
     recorded = yaml.safe_load((tmp_path / "run/settings.yaml").read_text())
     assert [recorded[name] for name in ("epochs", "bs", "m", "sigma")] == [15, 32, 5, 2.]
+
+
+def test_a_failed_start_leaves_a_finished_run_alone(whole):
+    before = (whole / "settings.yaml").read_text()
+    assert "no folder nowhere" in fails(data="nowhere", out=str(whole))
+    assert (whole / "settings.yaml").read_text() == before
 
 
 def test_bad_settings(tmp_path):
