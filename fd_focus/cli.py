@@ -149,7 +149,7 @@ def _train(values: dict, given: set):
     matplotlib.use("agg")
     import shlex
     from fastai.torch_core import num_distrib
-    from fd_focus.export import save_focus, write_card
+    from fd_focus.export import judges, save_focus, write_card
     from fd_focus.interpret import calibrate
     from fd_focus.run import Settings, train, write_examples, write_run
     from fd_focus.speed import keep_memory
@@ -186,10 +186,9 @@ def _train(values: dict, given: set):
         sys.exit(f"fd_focus: {error.strerror}: {error.filename}. The checkpoint of the last whole epoch is kept; when there is room, go on with\n  {again}")
     (out / "checkpoint.pt").unlink()             # all it was for is in model/ now
     name, kept = "plain backbone" if settings.plain else "fd_focus", summary["weights_of_epoch"]
-    judges = "test" if summary["judged_by"] == "test" else "validation"
-    print(f"{name}: {100 * summary['accuracy']:.1f} % of {summary['valid_images']} {judges} pictures right, "
+    print(f"{name}: {100 * summary['accuracy']:.1f} % of {summary['valid_images']} {judges(summary)} pictures right, "
           f"{summary['seconds']:.0f} s, {summary['images_per_second']:.0f} images/s; report in {out}")
-    if sure and judges == "test": print("the model's temperature and threshold were fitted on these test pictures: how well calibrated it is, others must tell")
+    if sure and judges(summary) == "test": print("the model's temperature and threshold were fitted on these test pictures: how well calibrated it is, others must tell")
     if settings.keep_best: print(f"weights of epoch {kept} of {summary['epochs_trained']}, chosen on these pictures: their accuracy flatters")
     elif settings.early_stop and kept < settings.epochs: print(f"stopped early, after epoch {kept} of {settings.epochs}; weights of the last epoch")
 
@@ -328,7 +327,8 @@ def fd_focus_evaluate(
 
 def _evaluate(model, folder, split, out, bs, workers, device):
     import warnings
-    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)          # but not what the data has to say
     from fd_focus.evaluate import evaluate, labelled_pictures
     from fd_focus.predict import FocusClassifier
     from fd_focus.speed import keep_memory

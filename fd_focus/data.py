@@ -284,13 +284,8 @@ def folder_table(
     if "split" not in table: return _resplit(table.assign(split="train"), 0.2 if valid_pct is None else valid_pct, seed)
     return _resplit(table, valid_pct, seed, "valid" if valid else "test")
 
-def csv_table(
-    file: str | Path,                # CSV with columns file,label and perhaps split ('train', and 'valid', 'val' or 'test') and x0,y0,x1,y1
-    valid_pct: float | None = None,  # None: the column split, or a fifth of each class where there is none; else this share of the training pictures
-    seed: int = 0,
-) -> pd.DataFrame:                   # columns file, label, split, and box (xyxy; NaN where the row has none) where the CSV has the four
-    """Table of a CSV file; paths in it are relative to its folder, blanks around names do not count. Raises ValueError for missing columns, doubled files or
-    unknown splits. DataWarning where a split.csv leaves out pictures of its folder."""
+def _csv_rows(file: str | Path) -> pd.DataFrame:
+    "Rows of a CSV with columns file, label, perhaps split, and box where it has corners; blanks around names do not count. ValueError for what is wrong with them."
     if not Path(file).is_file(): raise FileNotFoundError(f"no file {file}")
     missing = {name: ["", "NA", "NaN", "nan", "null"] for name in ("x0", "y0", "x1", "y1")}      # nowhere else: 'None' may be a class
     table = pd.read_csv(file, dtype={"file": str, "label": str, "split": str}, encoding="utf-8-sig", keep_default_na=False, na_values=missing, skipinitialspace=True)
@@ -302,12 +297,22 @@ def csv_table(
     if (twice := table.file.duplicated(keep=False)).any():
         name = table.file[twice].iloc[0]
         raise ValueError(f"{file} lists {table.file[twice].nunique()} files more than once, such as {name} on lines {', '.join(str(i + 2) for i in np.flatnonzero(table.file == name))}")
-    if Path(file).name == "split.csv": _warn_unlisted(Path(file), table.file)      # it stands for its folder; another CSV may be about a part of one
     if corners := [c for c in ("x0", "y0", "x1", "y1") if c in table]:
         if len(corners) < 4: raise ValueError(f"{file} has {', '.join(corners)}; a box needs x0, y0, x1 and y1")
         values = table[corners].to_numpy(np.float32)
         if len(wrong := np.flatnonzero((values[:, 2:] <= values[:, :2]).any(1))): raise ValueError(f"{file}: the box on line {wrong[0] + 2} is empty: {values[wrong[0]].tolist()}")
         table["box"] = list(values)
+    return table
+
+def csv_table(
+    file: str | Path,                # CSV with columns file,label and perhaps split ('train', and 'valid', 'val' or 'test') and x0,y0,x1,y1
+    valid_pct: float | None = None,  # None: the column split, or a fifth of each class where there is none; else this share of the training pictures
+    seed: int = 0,
+) -> pd.DataFrame:                   # columns file, label, split, and box (xyxy; NaN where the row has none) where the CSV has the four
+    """Table of a CSV file; paths in it are relative to its folder, blanks around names do not count. Raises ValueError for missing columns, doubled files or
+    unknown splits. DataWarning where a split.csv leaves out pictures of its folder."""
+    table = _csv_rows(file)
+    if Path(file).name == "split.csv": _warn_unlisted(Path(file), table.file)      # it stands for its folder; another CSV may be about a part of one
     if "split" not in table: return _resplit(table.assign(split="train"), 0.2 if valid_pct is None else valid_pct, seed)
     if unknown := set(table.split.fillna("(none)")) - {"train", "valid", "val", "test"}:
         raise ValueError(f"{file}: unknown split {', '.join(sorted(unknown))}; use train, and valid or test")

@@ -14,8 +14,9 @@ import pandas as pd
 import torch
 from scipy.stats import binomtest
 
+from .data import _class_folders, _csv_rows, _some
 from .interpret import confused_pairs, expected_calibration_error
-from .predict import FocusClassifier, find_pictures
+from .predict import FocusClassifier
 
 # %% ../nbs/93_evaluate.ipynb #93_evaluate006
 def labelled_pictures(
@@ -23,33 +24,25 @@ def labelled_pictures(
     classes: Iterable[str],   # that the model knows
     split: str | None = None, # a part of it: the sub-folder, or the rows of split.csv, of this name; None: all
 ) -> pd.DataFrame:            # columns file (with the folder), label
-    "What to judge a model by. FileNotFoundError or ValueError say what was looked for."
+    "What to judge a model by, read as for training. FileNotFoundError or ValueError say what was looked for; DataWarning says what is left out."
     folder, classes = Path(folder), set(classes)
     if not folder.is_dir(): raise FileNotFoundError(f"no folder {folder}")
-    if (folder / "split.csv").is_file():
-        rows = pd.read_csv(folder / "split.csv", dtype=str, keep_default_na=False, skipinitialspace=True)
-        if lacking := [name for name in ("file", "label", "split")[:2 if split is None else 3] if name not in rows]:
-            raise ValueError(f"{folder / 'split.csv'} has no column {lacking[0]}; it needs file, label" + ("" if split is None else " and split"))
+    file, holds = folder / "split.csv", lambda: _some((entry.name for entry in folder.iterdir()), 5) or "nothing"
+    if file.is_file():
+        table = _csv_rows(file)
         if split is not None:
-            if split not in set(rows.split): raise ValueError(f"{folder / 'split.csv'} has no rows of split {split!r}; it has {', '.join(sorted(set(rows.split)))}")
-            rows = rows[rows.split == split]
-        table = pd.DataFrame(dict(file=[str(folder / file) for file in rows.file], label=list(rows.label)))
+            there = set(table.split.dropna()) if "split" in table else set()
+            if split not in there: raise ValueError(f"{file} has no rows of split {split!r}; it has {_some(there) or 'no splits'}")
+            table = table[table.split == split]
     else:
         if split is not None:
-            if not (folder / split).is_dir(): raise FileNotFoundError(f"no folder {folder / split}; {folder} holds {_names(folder)}")
+            if not (folder / split).is_dir(): raise FileNotFoundError(f"no folder {folder / split}; {folder} holds {holds()}")
             folder = folder / split
-        subs = [sub for sub in sorted(folder.iterdir()) if sub.is_dir() and not sub.name.startswith(".")]
-        table = pd.DataFrame([(file, sub.name) for sub in subs for file in find_pictures([str(sub)]) if Path(file) != sub], columns=["file", "label"])
-    if not len(table): raise ValueError(f"no pictures in class folders of {folder}; it holds {_names(folder)}")
-    if unknown := sorted(set(table.label) - classes):
-        raise ValueError(f"{folder} has pictures of {', '.join(unknown[:5])}{', ...' if unknown[5:] else ''}, which the model does not know: its classes are "
-                         f"{', '.join(sorted(classes)[:5])}{', ...' if len(classes) > 5 else ''}. Is a part of it meant (split='test')?")
-    return table
-
-def _names(folder: Path) -> str:
-    "What is in a folder, for a message."
-    names = sorted(entry.name for entry in folder.iterdir())
-    return (", ".join(names[:5]) + (", ..." if names[5:] else "")) or "nothing"
+        table = _class_folders(folder)
+        if not len(table): raise ValueError(f"no pictures in class folders of {folder}; it holds {holds()}")
+    if unknown := set(table.label) - classes:
+        raise ValueError(f"{folder} has pictures of {_some(unknown, 5)}, which the model does not know: its classes are {_some(classes, 5)}. Is a part of it meant (split='test')?")
+    return pd.DataFrame(dict(file=[str(folder / name) for name in table.file], label=list(table.label)))
 
 # %% ../nbs/93_evaluate.ipynb #93_evaluate008
 @dataclass(frozen=True)

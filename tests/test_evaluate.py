@@ -10,7 +10,7 @@ from conftest import shaken
 from PIL import Image
 
 from fd_focus.cli import fd_focus_evaluate
-from fd_focus.data import FocusDataLoaders
+from fd_focus.data import DataWarning, FocusDataLoaders
 from fd_focus.export import save_focus
 from fd_focus.learner import focus_learner
 
@@ -59,9 +59,22 @@ def test_bad_input(model, tmp_path, layout, split, message):
 
 def test_split_csv_without_its_columns(model, tmp_path):
     (tmp_path / "split.csv").write_text("file,label\na.png,x\n")
-    for split, message in (("test", "has no column split"), (None, "has pictures of x, which the model does not know")):
+    for split, message in (("test", "has no rows of split 'test'; it has no splits"), (None, "has pictures of x, which the model does not know")):
         with pytest.raises(SystemExit) as end: fd_focus_evaluate(model=str(model[0]), folder=str(tmp_path), split=split, device="cpu")
         assert message in str(end.value.code)
+
+
+def test_what_training_reads_is_judged(model, tmp_path, capsys):
+    "A table with a mark at its beginning and blanks, hidden folders, formats that are not read: as for training."
+    folder, classes = model
+    grey(tmp_path / "a.png", 9)
+    (tmp_path / "split.csv").write_text(f"\ufefffile,label,split\na.png , {classes[0]} ,test\n", encoding="utf-8")
+    fd_focus_evaluate(model=str(folder), folder=str(tmp_path), split="test", device="cpu")
+    assert "of 1 pictures right" in capsys.readouterr().out
+    for place in ("", ".thumbnails", "__MACOSX"): grey(tmp_path / "photos" / classes[0] / place / "b.png", 9)
+    (tmp_path / "photos" / classes[0] / "c.heic").write_bytes(b"x")
+    with pytest.warns(DataWarning, match="1 files in class folders of .* are left out: .heic 1"): fd_focus_evaluate(model=str(folder), folder=str(tmp_path / "photos"), device="cpu")
+    assert "of 1 pictures right" in capsys.readouterr().out
 
 
 def test_help_imports_nothing_heavy():
