@@ -452,16 +452,25 @@ def toy_images(size: tuple[int, int], n: int = 64) -> Tensor:
     return torch.stack([torch.from_numpy(np.array(birds[i][0].resize(size[::-1]))).permute(2, 0, 1) for i in range(n)]).float() / 255
 
 # %% ../nbs/90_export.ipynb #90_export051
+def _folded(body: nn.Module, example: Tensor) -> nn.Module | None:
+    "A copy without batch norms that follow a convolution; None if its maps differ."
+    with _quiet(): folded = fuse(body)
+    before, after = body(example), folded(example)
+    return folded if torch.allclose(before, after, rtol=1e-3, atol=1e-4 * float(before.abs().max())) else None
+
 @torch.no_grad()
 def fold_batch_norm(
     net: FocusNet | PlainNet,    # in eval mode
 ) -> FocusNet | PlainNet:        # a copy, for eval mode alone
     "Fold the body's batch norms into the convolutions before them, where the body can be traced."
-    net = copy.deepcopy(net).eval()
+    net, separate = copy.deepcopy(net).eval(), bool(getattr(net, "crop_statistics", ()))
     example = torch.rand(2, 3, *net.image_size, generator=torch.Generator().manual_seed(0)).to(next(net.parameters()).device)   # leaves the global generator alone
     try:
-        with _quiet(): body = fuse(net.body)
-        before, after = net.body(example), body(example)
+        body = crop_body = _folded(net.body, example)
+        if separate:
+            with net._norms_for_crops(): crop_body = _folded(net.body, example)
     except Exception: return net    # whatever a tracer cannot follow
-    if torch.allclose(before, after, rtol=1e-3, atol=1e-4 * float(before.abs().max())): net.body = body
+    if body is None or crop_body is None: return net
+    net.body = body
+    if separate: net.crop_body = crop_body
     return net

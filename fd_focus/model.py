@@ -7,6 +7,7 @@ __all__ = ['FUSIONS', 'ATTENTIONS', 'ORDERS', 'CROP_NORMS', 'ANSWERS', 'FocusOut
            'FocusNet', 'toy_resnet', 'load_body_weights', 'create_body', 'PlainNet']
 
 # %% ../nbs/40_model.ipynb #40_model003
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.resnet import BasicBlock
 
 from .attention import attention_map
@@ -74,7 +76,7 @@ def feature_shape(
 
 # %% ../nbs/40_model.ipynb #40_model014
 FUSIONS, ATTENTIONS, ORDERS = ("concat", "sum", "mean", "attention"), ("max", "single", "random"), ("score", "place")
-CROP_NORMS, ANSWERS = ("batch", "running"), ("hybrid", "ensemble")
+CROP_NORMS, ANSWERS = ("batch", "separate", "running"), ("hybrid", "ensemble")
 
 def _one_of(name, value, choices):
     if value not in choices: raise ValueError(f"{name}={value!r} is none of {choices}")
@@ -83,6 +85,17 @@ def _one_of(name, value, choices):
 def _scaled(size: tuple[int, int], share: float, even: bool = False) -> tuple[int, int]:
     step = 2 if even else 1
     return tuple(max(step, round(side * share / step) * step) for side in size)
+
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+def _batch_norms(body: nn.Module) -> list[nn.Module]:
+    return [module for module in body.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None]
+
+class _Statistics(nn.Module):
+    "The running statistics of a batch norm, once more."
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        for name in _STATISTICS: self.register_buffer(name, getattr(norm, name).clone())
 
 class FocusNet(nn.Module):
     "Focus and discriminate: attention, regions, zoom and three heads around one shared body (section 3)."
@@ -101,7 +114,7 @@ class FocusNet(nn.Module):
         fusion: str = "concat",           # of region features: 'concat' (the paper), 'sum', 'mean', or 'attention' (learned weights)
         order: str = "score",             # of the slots of 'concat': best 'score' first (the paper), or by 'place', row by row
         hybrid: bool = True,              # False: no hybrid head, the image head answers (an ablation of the paper)
-        crop_norm: str = "batch",         # how batch norm treats crops in training: 'batch' or 'running' statistics
+        crop_norm: str = "batch",         # whose running statistics batch norm uses for crops: 'batch' one set, fed by both, 'separate' their own, 'running' the image's
         crop_grad: bool = True,           # False: crops train the heads, but not the body
         answer: str = "hybrid",           # in eval mode: the 'hybrid' head's (the paper), or the 'ensemble' of all three heads
     ):
@@ -130,6 +143,8 @@ class FocusNet(nn.Module):
         if m > len(grids) * len(boxes): raise ValueError(f"m={m} regions, but the body's {map_size[0]}x{map_size[1]} map has only {len(boxes)} cells")
         self.n_features, self.map_size = n, tuple(map_size)
         self.body = body
+        self.crop_statistics = nn.ModuleList(map(_Statistics, _batch_norms(body)) if crop_norm == "separate" else [])
+        self.crop_body = None                             # for prediction alone: `body` with the crops' statistics folded in
         self.image_head = nn.Linear(n, n_classes)
         self.region_head = nn.Linear(n, n_classes)
         self.hybrid_head = nn.Linear(n * (1 + (l if fusion == "concat" else min(l, 1))), n_classes) if hybrid else None
@@ -182,6 +197,23 @@ def _scores(self: FocusNet, attention: Tensor, cells: Tensor) -> Tensor:
     return attention.flatten(1).gather(1, cells if self.second_suppresses is None else cells % len(self.suppresses))
 
 @patch
+@contextmanager
+def _norms_for_crops(self: FocusNet):
+    "The body's batch norms as `crop_norm` wants them for crops: with their own statistics, or at rest."
+    norms = [] if self.crop_norm == "batch" or self.crop_body is not None else _batch_norms(self.body)
+    resting = [norm for norm in norms if norm.training and self.crop_norm == "running"]
+    pairs = list(zip(norms, self.crop_statistics, strict=True)) if self.crop_norm == "separate" and norms else []
+    def swap():
+        for norm, crops in pairs:
+            for name in _STATISTICS: norm._buffers[name], crops._buffers[name] = crops._buffers[name], norm._buffers[name]
+    for norm in resting: norm.eval()
+    swap()
+    try: yield
+    finally:
+        swap()
+        for norm in resting: norm.train()
+
+@patch
 def _second_look(self: FocusNet, x: Tensor, boxes: Tensor) -> Tensor:
     "Features F^R (B,m,n) of the zoomed regions, by the same body."
     b, m = boxes.shape[:2]
@@ -189,13 +221,8 @@ def _second_look(self: FocusNet, x: Tensor, boxes: Tensor) -> Tensor:
     sizes = [tuple(round(r * full / first) for r, full, first in zip(size, x.shape[2:], self.image_size)) for size in (self.region_size, self.second_region_size) if size]
     crops = [zoom(x, boxes[:, k::len(sizes)], self.zoom_size, size) for k, size in enumerate(sizes)]
     crops = (torch.stack(crops, 2).flatten(1, 2) if crops[1:] else crops[0]).flatten(0, 1)     # (B*m,3,*zoom_size)
-    norms = [module for module in self.body.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training]
-    if self.crop_norm == "running":
-        for norm in norms: norm.eval()
-    try:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.crop_grad): maps = self.body(crops)
-    finally:
-        for norm in norms: norm.train()
+    body = self.body if self.crop_body is None else self.crop_body
+    with self._norms_for_crops(), torch.set_grad_enabled(torch.is_grad_enabled() and self.crop_grad): maps = body(crops)
     return maps.mean((2, 3)).view(b, m, self.n_features)
 
 @patch

@@ -105,13 +105,15 @@ def body_segments(body: nn.Module) -> list[list[nn.Module]]:
     return segments
 
 @contextmanager
-def _again(norms: list, modes: list):
-    "Batch norms in the modes of the first pass, their running statistics at rest."
-    kept = [(norm.training, norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm, mode in zip(norms, modes): norm.training, norm.momentum, norm.num_batches_tracked = mode, 0., None
+def _again(norms: list, first: list):
+    "Batch norms in the modes and with the running statistics of the first pass (`_state` of each), which stay at rest."
+    kept = [(*_state(norm), norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm, state in zip(norms, first): norm.training, norm.running_mean, norm.running_var, norm.momentum, norm.num_batches_tracked = *state, 0., None
     try: yield
     finally:
-        for norm, (mode, momentum, tracked) in zip(norms, kept): norm.training, norm.momentum, norm.num_batches_tracked = mode, momentum, tracked
+        for norm, state in zip(norms, kept): norm.training, norm.running_mean, norm.running_var, norm.momentum, norm.num_batches_tracked = state
+
+def _state(norm: nn.Module) -> tuple: return norm.training, norm.running_mean, norm.running_var
 
 class _checkpointed:
     "A forward pass that keeps the borders of `segments` only."
@@ -120,7 +122,7 @@ class _checkpointed:
         for layers in self.segments:
             run = partial(_run, layers)
             norms = [module for layer in layers for module in layer.modules() if isinstance(module, _BatchNorm)]
-            contexts = lambda norms=norms: (nullcontext(), _again(norms, [norm.training for norm in norms]))
+            contexts = lambda norms=norms: (nullcontext(), _again(norms, list(map(_state, norms))))
             x = checkpoint(run, x, use_reentrant=False, context_fn=contexts) if torch.is_grad_enabled() else run(x)
         return x
 

@@ -492,15 +492,16 @@ def test_command_keeps_no_graph_that_differs(saved, tmp_path, monkeypatch):
 
 # Faster answers
 
-@pytest.mark.parametrize("arch,left", [("toy_resnet", 0), pytest.param("mobilenet_v2", 0, marks=pytest.mark.slow), pytest.param("densenet121", 62, marks=pytest.mark.slow)])
-def test_folding_changes_no_answer(tmp_path, arch, left):
-    "Where a batch norm follows a convolution it is folded; DenseNet's come before theirs and stay."
+@pytest.mark.parametrize("arch,left,kwargs", [("toy_resnet", 0, {}), ("toy_resnet", 0, dict(crop_norm="separate")), ("toy_resnet", 0, dict(crop_norm="batch")),
+    pytest.param("mobilenet_v2", 0, {}, marks=pytest.mark.slow), pytest.param("densenet121", 62, dict(crop_norm="separate"), marks=pytest.mark.slow)])
+def test_folding_changes_no_answer(tmp_path, arch, left, kwargs):
+    "Where a batch norm follows a convolution it is folded, for crops with statistics of their own too; DenseNet's come before theirs and stay."
     torch.manual_seed(0)
-    net = shaken(FocusNet.from_arch(arch, 3, pretrained=False, image_size=96, m=4, l=2))
+    net = shaken(FocusNet.from_arch(arch, 3, pretrained=False, image_size=96, m=4, l=2, **kwargs))
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     folded, x = fold_batch_norm(net), torch.rand(2, 3, 96, 96)
     count = lambda net: sum(isinstance(module, torch.nn.BatchNorm2d) for module in net.modules())
-    assert count(net) > count(folded) == left
+    assert count(net) > count(folded.body) == left and (folded.crop_body is None or count(folded.crop_body) == left)
     with torch.no_grad(): ours, theirs = net.focus(x), folded.focus(x)
     assert torch.allclose(ours.answer.softmax(1), theirs.answer.softmax(1), atol=1e-4) and torch.equal(ours.boxes, theirs.boxes)
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())     # the original is as it was
