@@ -22,6 +22,7 @@ from fastcore.basics import patch
 from matplotlib import colormaps
 from PIL import Image, ImageOps
 
+from .data import EXTENSIONS
 from .export import judges
 from .plot import REGION_COLOURS
 from .predict import FocusClassifier, Prediction, draw_prediction, open_any
@@ -191,8 +192,6 @@ def attempt(
     return explanation.to_html(), explanation
 
 # %% ../nbs/97_app.ipynb #97_app061
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-
 def _need(name: str):
     "An optional package, or what to do without."
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"      # read when gradio is imported
@@ -206,7 +205,7 @@ def example_files(
     most: int = 8,
 ) -> list[Path]:
     "Pictures in its `examples/`, sorted by name; none where there is no such folder."
-    found = sorted(file for file in (Path(folder) / "examples").glob("*") if file.suffix.lower() in _SUFFIXES)
+    found = sorted(file for file in (Path(folder) / "examples").glob("*") if file.suffix.lower() in EXTENSIONS)
     return found[:most]
 
 def about(classifier: FocusClassifier) -> str:

@@ -204,6 +204,7 @@ def _class_folders(folder: Path) -> pd.DataFrame:
         warnings.warn(f"{kinds.total()} files in class folders of {folder} are left out: {counts}; convert them to JPEG or PNG", DataWarning, stacklevel=3)
     return pd.DataFrame([(file.relative_to(folder).as_posix(), label) for file, label in files if file.suffix.lower() in EXTENSIONS], columns=["file", "label"])
 
+# %% ../nbs/60_data.ipynb #60_data024b
 def _no_empty_class(folders: list[Path], table: pd.DataFrame):
     "ValueError naming class folders that hold no picture anywhere."
     names = {sub.name for folder in folders for sub in _subfolders(folder)}
@@ -235,6 +236,7 @@ def _warn_unlisted(file: Path, listed: pd.Series):
         warnings.warn(f"{file.name} does not list {len(left)} of the pictures in {file.parent}, which are left out, "
                       f"such as {left[0].relative_to(file.parent).as_posix()}", DataWarning, stacklevel=3)
 
+# %% ../nbs/60_data.ipynb #60_data024c
 def stratified_split(
     labels: pd.Series,        # label of each picture
     valid_pct: float = 0.2,   # share of each class
@@ -515,49 +517,51 @@ class FocusDataLoaders(DataLoaders):
         self.geometry = None     # (side resized to, squashed?) of `paper_transforms`; None: other transforms
         return self
 
-    @classmethod
-    @delegates(from_table.__func__, but=["table"])
-    def from_folder(cls,
-        path: str | Path,                # class folders; or train/ and valid/ or test/; or a split.csv
-        valid_pct: float | None = None,  # see `folder_table`
-        seed: int = 0,                   # of that share
-        **kwargs,
-    ) -> "FocusDataLoaders":
-        "DataLoaders of a folder (see `folder_table` for layouts, `from_table` for the other arguments)."
-        return cls.from_table(folder_table(path, valid_pct, seed), path, **kwargs)
+# %% ../nbs/60_data.ipynb #60_data038b
+@patch(cls_method=True)
+@delegates(FocusDataLoaders.from_table, but=["table"])
+def from_folder(cls: FocusDataLoaders,
+    path: str | Path,                # class folders; or train/ and valid/ or test/; or a split.csv
+    valid_pct: float | None = None,  # see `folder_table`
+    seed: int = 0,                   # of that share
+    **kwargs,
+) -> FocusDataLoaders:
+    "DataLoaders of a folder (see `folder_table` for layouts, `from_table` for the other arguments)."
+    return cls.from_table(folder_table(path, valid_pct, seed), path, **kwargs)
 
-    @classmethod
-    @delegates(from_table.__func__, but=["table", "path"])
-    def from_csv(cls,
-        file: str | Path,                # see `csv_table`
-        valid_pct: float | None = None,
-        seed: int = 0,
-        **kwargs,
-    ) -> "FocusDataLoaders":
-        "DataLoaders of a CSV with the columns file,label and perhaps split and a box (see `csv_table`)."
-        return cls.from_table(csv_table(file, valid_pct, seed), Path(file).parent, **kwargs)
+@patch(cls_method=True)
+@delegates(FocusDataLoaders.from_table, but=["table", "path"])
+def from_csv(cls: FocusDataLoaders,
+    file: str | Path,                # see `csv_table`
+    valid_pct: float | None = None,
+    seed: int = 0,
+    **kwargs,
+) -> FocusDataLoaders:
+    "DataLoaders of a CSV with the columns file,label and perhaps split and a box (see `csv_table`)."
+    return cls.from_table(csv_table(file, valid_pct, seed), Path(file).parent, **kwargs)
 
-    @classmethod
-    def from_toy(cls,
-        images_per_class: int = 80,   # in training
-        valid_per_class: int = 20,    # in validation
-        image_size: int = 96,         # pixels
-        split: str = "valid",         # 'valid' for choices, 'test' for the finished one
-        bs: int = 32, num_workers: int = 0, batch_tfms: list | None = None,
-        **kwargs,                     # n_classes, mark_size, clutter, seed: see `ToyBirds`
-    ) -> "FocusDataLoaders":
-        "DataLoaders of `ToyBirds`, with box and parts of every bird in the table. Pictures are drawn once and kept."
-        items, reader = toy_items(images_per_class, valid_per_class, split, image_size=image_size, cache=True, **kwargs)
-        labeller = ToyLabeller(reader.sets)
-        truths = [reader.truth(item) for item in items]
-        table = pd.DataFrame(dict(file=items, label=[labeller(item) for item in items], split=["train" if i.split == "train" else "valid" for i in items],
-                                  box=[t.box for t in truths], parts=[t.parts for t in truths], marked=[t.marked for t in truths]))
-        block = DataBlock((ImageBlock, CategoryBlock(vocab=sorted(table.label.unique()))), get_x=_ToyOrFile(reader, image_size), get_y=labeller,
-                          splitter=IndexSplitter(np.flatnonzero(table.split == "valid")),
-                          item_tfms=[_Fit(image_size, method=ResizeMethod.Squish), FlipItem()], batch_tfms=batch_tfms)
-        dls = cls._of(block.dataloaders(items, bs=bs, num_workers=num_workers), table, image_size)
-        dls.min_side, dls.judged_by = image_size, split
-        return dls
+# %% ../nbs/60_data.ipynb #60_data038c
+@patch(cls_method=True)
+def from_toy(cls: FocusDataLoaders,
+    images_per_class: int = 80,   # in training
+    valid_per_class: int = 20,    # in validation
+    image_size: int = 96,         # pixels
+    split: str = "valid",         # 'valid' for choices, 'test' for the finished one
+    bs: int = 32, num_workers: int = 0, batch_tfms: list | None = None,
+    **kwargs,                     # n_classes, mark_size, clutter, seed: see `ToyBirds`
+) -> FocusDataLoaders:
+    "DataLoaders of `ToyBirds`, with box and parts of every bird in the table. Pictures are drawn once and kept."
+    items, reader = toy_items(images_per_class, valid_per_class, split, image_size=image_size, cache=True, **kwargs)
+    labeller = ToyLabeller(reader.sets)
+    truths = [reader.truth(item) for item in items]
+    table = pd.DataFrame(dict(file=items, label=[labeller(item) for item in items], split=["train" if i.split == "train" else "valid" for i in items],
+                              box=[t.box for t in truths], parts=[t.parts for t in truths], marked=[t.marked for t in truths]))
+    block = DataBlock((ImageBlock, CategoryBlock(vocab=sorted(table.label.unique()))), get_x=_ToyOrFile(reader, image_size), get_y=labeller,
+                      splitter=IndexSplitter(np.flatnonzero(table.split == "valid")),
+                      item_tfms=[_Fit(image_size, method=ResizeMethod.Squish), FlipItem()], batch_tfms=batch_tfms)
+    dls = cls._of(block.dataloaders(items, bs=bs, num_workers=num_workers), table, image_size)
+    dls.min_side, dls.judged_by = image_size, split
+    return dls
 
 # %% ../nbs/60_data.ipynb #60_data041
 class _Pairs(list):

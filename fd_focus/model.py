@@ -97,6 +97,7 @@ class _Statistics(nn.Module):
         super().__init__()
         for name in _STATISTICS: self.register_buffer(name, getattr(norm, name).clone())
 
+# %% ../nbs/40_model.ipynb #40_model014b
 class FocusNet(nn.Module):
     "Focus and discriminate: attention, regions, zoom and three heads around one shared body (section 3)."
     def __init__(self,
@@ -196,6 +197,7 @@ def _scores(self: FocusNet, attention: Tensor, cells: Tensor) -> Tensor:
     "(B,m) attention at the regions' cells."
     return attention.flatten(1).gather(1, cells if self.second_suppresses is None else cells % len(self.suppresses))
 
+# %% ../nbs/40_model.ipynb #40_model016b
 @patch
 @contextmanager
 def _norms_for_crops(self: FocusNet):
@@ -225,6 +227,7 @@ def _second_look(self: FocusNet, x: Tensor, boxes: Tensor) -> Tensor:
     with self._norms_for_crops(), torch.set_grad_enabled(torch.is_grad_enabled() and self.crop_grad): maps = body(crops)
     return maps.mean((2, 3)).view(b, m, self.n_features)
 
+# %% ../nbs/40_model.ipynb #40_model016c
 @patch
 def _hybrid_logits(self: FocusNet, image: Tensor, regions: Tensor, cells: Tensor) -> Tensor:
     "Logits of the fused feature F: F^I and the first l regions, which lie at `cells` (B,m) of the map."
