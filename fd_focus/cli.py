@@ -77,7 +77,7 @@ def fd_focus_train(
     zoom_size: int = None,    # side of a zoomed region, pixels; 1/2 of the image
     m: int = 6,               # regions in training
     l: int = 4,               # regions in the answer
-    crop_norm: str = "batch", # running statistics for crops: batch (shared with images), separate, running (images')
+    crop_norm: str = "batch", # running statistics for crops: batch (shared with images), separate, running (images'; needs weights)
     label_smoothing: float = 0., # of the training losses
     workers: int = 0,         # processes that load pictures
     amp: str = "auto",        # precision: fp32, bf16, or auto for bf16 on a GPU that has it
