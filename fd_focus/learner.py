@@ -266,7 +266,10 @@ def focus_learner(
             metrics = [HeadAccuracy("image")] + [HeadAccuracy("regions")] * (model.m > 0) + [HeadAccuracy("ensemble")] + [LossPart(part) for part in parts]
     learn = FocusLearner(dls, model, loss_func=loss_func or FocusLoss(label_smoothing=label_smoothing), splitter=body_and_heads,
                          metrics=[accuracy, *(metrics or [])], cbs=own + list(cbs or []), **kwargs)
-    if not isinstance(arch, nn.Module) and (weights is not None or (pretrained and not _own(arch))): learn.freeze()
+    if isinstance(arch, nn.Module): return learn      # whether it has been trained is not known
+    if weights is not None or (pretrained and not _own(arch)): learn.freeze()
+    elif net_kwargs.get("crop_norm") == "running":
+        warnings.warn("crop_norm='running' divides crops by running statistics, which a body from random weights lacks: it will hardly learn; use 'batch' or 'separate'", stacklevel=2)
     return learn
 
 # %% ../nbs/70_learner.ipynb #70_learner017
