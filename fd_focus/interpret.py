@@ -262,15 +262,15 @@ def fit_temperature(
     logits: Tensor,      # (N,C) on validation data
     targets: Tensor,     # (N,)
 ) -> float:              # T: softmax(logits / T) is calibrated; above 1 where the network is too sure
-    """The temperature with the largest likelihood on validation data (Guo et al. 2017), between 1/20 and 20; 1 where no answer is wrong. ValueError for NaN
+    """The temperature with the largest likelihood on validation data (Guo et al. 2017), between 1/20 and 20; 1 where no answer is wrong, but for ties. ValueError for NaN
     or no data."""
     if len(logits) == 0 or len(logits) != len(targets): raise ValueError(f"{len(logits)} logits and {len(targets)} targets; give as many of each, at least 1")
     if not torch.isfinite(logits).all(): raise ValueError("logits hold NaN or infinity")
     logits, targets = logits.double(), targets.long()
-    # Without an error the likelihood grows as T falls, to the very bound: nothing says how sure is too sure.
-    if (logits.gather(1, targets[:, None])[:, 0] == logits.amax(1)).all(): return 1.
     loss = lambda log_t: F.cross_entropy(logits / np.exp(log_t), targets).item()
-    return float(np.exp(minimize_scalar(loss, bounds=(-np.log(20), np.log(20)), method="bounded", options=dict(xatol=1e-4)).x))
+    best = minimize_scalar(loss, bounds=(-np.log(20), np.log(20)), method="bounded", options=dict(xatol=1e-4))
+    # Without an error, or with mere ties, the likelihood grows as T falls, to the very bound: nothing says how sure is too sure.
+    return 1. if loss(-np.log(20)) <= best.fun + 1e-9 else float(np.exp(best.x))
 
 def reliability(
     probabilities: Tensor,   # (N,C)

@@ -243,6 +243,13 @@ def test_no_temperature_without_an_error(scale):
     assert fit_temperature(logits[:1], right[:1]) == 1
 
 
+def test_a_tie_is_no_error_to_judge_by():
+    "The one wrong answer is wrong by a hair: no temperature could mend it, and the others would take the smallest."
+    right, logits = torch.arange(40) % 4, 5. * torch.eye(4, dtype=torch.double)[torch.arange(40) % 4]
+    logits[0, 1] = logits[0, 0] + 1e-9
+    assert logits[0].argmax() != right[0] and fit_temperature(logits, right) == 1
+
+
 def test_calibrating_where_all_is_right(learn, monkeypatch):
     import fd_focus.interpret
     targets = torch.arange(60) % 3
