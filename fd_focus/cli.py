@@ -66,7 +66,7 @@ def fd_focus_train(
     seed: int = 0,            # of the initial weights, the order of the pictures and their augmentation
     plain: store_true = False,       # the plain backbone under the same recipe
     recipe: str = "one_cycle",   # one_cycle, modern (warm-up and cosine), paper (steps; give it --lr 0.01)
-    fusion: str = "concat",   # of region features: concat, sum, mean, attention
+    fusion: str = "concat",   # of region features: concat, balanced, sum, mean, attention
     order: str = "score",     # of the slots of concat: by score or by place
     attention: str = "max",   # where to look: max over all classes, single class, random
     image_first: int = 0,     # epochs in which only the image head learns
