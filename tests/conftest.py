@@ -1,4 +1,5 @@
 "Shared by all tests: `--slow`, and the development data named by FD_FOCUS_DATA."
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -26,6 +27,25 @@ def data():
     folder = os.environ.get("FD_FOCUS_DATA")
     if not folder: pytest.skip("FD_FOCUS_DATA is not set")
     return Path(folder)
+
+
+@pytest.fixture(scope="module")
+def processes(request):
+    "`processes(function, *args)` starts one; the heavy imports are done once, in the server that forks them. At the end whatever still runs is killed."
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"      # tiny tensors: a second thread costs more than it gives
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fd_focus.run", "fd_focus.export", "fd_focus.distributed", request.module.__name__])
+    running = []
+    def start(function, *args):
+        running.append(context.Process(target=function, args=args))
+        running[-1].start()
+        return running[-1]
+    yield start
+    for process in running:
+        if process.is_alive(): process.kill()
+    if before is None: del os.environ["OMP_NUM_THREADS"]
+    else: os.environ["OMP_NUM_THREADS"] = before
 
 
 def shaken(net, seed=0):

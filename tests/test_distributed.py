@@ -1,6 +1,5 @@
 "Two processes on the CPU train as one does: each sees half of the pictures, the figures are those of all of them."
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -58,28 +57,16 @@ def work(kwargs, environment, log, shares):
 
 
 @pytest.fixture(scope="module")
-def start():
-    "Starts processes that train together; the heavy imports are done once, in the server that forks them."
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fd_focus.run", "fd_focus.export", "fd_focus.distributed", "test_distributed"])
-    running = []
+def start(processes):
+    "Starts processes that train together."
     def start(out, n=2, shares=None, **kwargs):
         out.parent.mkdir(parents=True, exist_ok=True)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         place = lambda rank: dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) if n > 1 else {}
-        group = [context.Process(target=work, args=({**kwargs, "out": str(out)}, place(rank), f"{out}.{rank}.log", shares)) for rank in range(n)]
-        for process in group: process.start()
-        running.extend(group)
-        return group
-    yield start
-    for process in running:
-        if process.is_alive(): process.kill()
-    if before is None: del os.environ["OMP_NUM_THREADS"]
-    else: os.environ["OMP_NUM_THREADS"] = before
+        return [processes(work, {**kwargs, "out": str(out)}, place(rank), f"{out}.{rank}.log", shares) for rank in range(n)]
+    return start
 
 
 @pytest.fixture(scope="module")

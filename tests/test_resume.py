@@ -72,24 +72,12 @@ def fake_wandb(file):
 
 
 @pytest.fixture(scope="module")
-def start():
-    "Starts `work`; the heavy imports are done once, in the server that forks the processes."
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"      # tiny tensors: a second thread costs more than it gives
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fd_focus.run", "fd_focus.export", "test_resume"])
-    running = []
+def start(processes):
+    "Starts `work`."
     def start(out, tweak=None, argument=None, **kwargs):
         out.parent.mkdir(parents=True, exist_ok=True)
-        process = context.Process(target=work, args=({**kwargs, "out": str(out)}, str(out) + ".log", tweak, argument))
-        process.start()
-        running.append(process)
-        return process
-    yield start
-    for process in running:
-        if process.is_alive(): process.kill()
-    if before is None: del os.environ["OMP_NUM_THREADS"]
-    else: os.environ["OMP_NUM_THREADS"] = before
+        return processes(work, {**kwargs, "out": str(out)}, str(out) + ".log", tweak, argument)
+    return start
 
 
 @pytest.fixture(scope="module")
