@@ -317,7 +317,7 @@ def agrees(net, file, **kwargs):
     return parity
 
 
-CASES = [dict(net_kwargs=dict(answer="ensemble", fusion="sum", order="place", second_region_size=14, crop_norm="separate")), dict(net_kwargs=dict(fusion="attention", attention="single", l=3)), dict(plain=True),
+CASES = [dict(net_kwargs=dict(answer="ensemble", fusion="balanced", order="place", second_region_size=14, crop_norm="separate")), dict(net_kwargs=dict(fusion="attention", attention="single", l=3)), dict(plain=True),
          *(pytest.param(case, marks=pytest.mark.slow) for case in (dict(), dict(net_kwargs=dict(fusion="mean", hybrid=False)), dict(net_kwargs=dict(l=0, m=5, sigma=0.))))]
 
 
