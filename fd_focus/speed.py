@@ -47,7 +47,7 @@ def peak_memory(
 ) -> int:                    # bytes above what was allocated before
     "Largest memory PyTorch's allocator held at once while `work` ran."
     if warm: work()
-    if torch.device(device).type != "cuda": return max(held_memory(work), default=0)
+    if torch.device(device).type != "cuda": return max([0, *held_memory(work)])
     torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     work()
