@@ -349,7 +349,7 @@ def test_a_large_photograph_is_explained(classifier, tmp_path, monkeypatch, size
     assert found.prediction.label in card and found.prediction.size == size[::-1]
     have = [found.regions, found.attention, *found.zooms]
     assert [picture.size for picture in have] == [picture.size for picture in want]
-    for ours, theirs in zip(have, want): assert np.abs(np.asarray(ours, float) - np.asarray(theirs)).mean() < 2      # of 255: two ways to make a picture smaller
+    for ours, theirs in zip(have, want): assert np.abs(np.asarray(ours, float) - np.asarray(theirs)).mean() < 4      # of 255: made smaller in two ways; up to 2.3 was seen, a region moved by a tenth differs by 9 to 17 in the median
 
 
 def test_fit_keeps_proportions(classifier):
