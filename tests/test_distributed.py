@@ -81,8 +81,8 @@ def finish(start):
 
 @pytest.fixture(scope="module")
 def easy(tmp_path_factory):
-    "Settings of a run on 72 pictures, judged by 60."
-    return dict(NET, data=gratings(tmp_path_factory.mktemp("easy") / "data", 24, 20), epochs=4)
+    "Settings of a run on 120 pictures, judged by 60: with one process, five seeds end at 100 % right."
+    return dict(NET, data=gratings(tmp_path_factory.mktemp("easy") / "data", 40, 20, noise=40), epochs=6)
 
 
 @pytest.fixture(scope="module")
@@ -99,12 +99,12 @@ def summary(out): return json.loads((out / "summary.json").read_text())
 
 def test_each_sees_one_half(two):
     first, second = ([json.loads(line) for line in (two / f"{rank}.jsonl").read_text().splitlines()] for rank in (0, 1))
-    assert len(first) == len(second) == 8               # four passes over either set
+    assert len(first) == len(second) == 12              # six passes over either set
     for (kind, mine), (_, yours) in zip(first, second):
-        assert len(mine) == len(yours) == (36 if kind == "train" else 30)
-        assert sorted(mine + yours) == list(range(72 if kind == "train" else 60))
+        assert len(mine) == len(yours) == (60 if kind == "train" else 30)
+        assert sorted(mine + yours) == list(range(120 if kind == "train" else 60))
     orders = [tuple(mine) for kind, mine in first if kind == "train"]
-    assert len(set(orders)) == 4                        # shuffled anew each time
+    assert len(set(orders)) == 6                        # shuffled anew each time
 
 
 def test_says_that_it_is_not_calibrated(two):
@@ -121,9 +121,7 @@ def test_same_accuracy_as_one(two, easy, finish, tmp_path):
         alone[seed] = summary(tmp_path / f"{seed}")
     together = summary(two / "run")
     assert (together["processes"], alone[0]["processes"]) == (2, 1)
-    assert min(together["accuracy"], alone[0]["accuracy"], alone[1]["accuracy"]) > .8      # chance is 1/3
-    # Sixty pictures: one standard error is 3 points at 95 %.
-    assert abs(together["accuracy"] - (alone[0]["accuracy"] + alone[1]["accuracy"]) / 2) < .1
+    assert min(together["accuracy"], alone[0]["accuracy"], alone[1]["accuracy"]) > .9      # chance is 1/3
     assert len((two / "run.1.log").read_text()) == 0 or "right" not in (two / "run.1.log").read_text()     # one speaks
 
 
@@ -173,7 +171,7 @@ def test_ctrl_c_in_one_stops_both_and_one_goes_on(easy, start, finish, tmp_path)
     assert "stopped" in Path(f"{out}.0.log").read_text() and "Go on with" not in Path(f"{out}.1.log").read_text()
     statuses, said = finish(out, 1, resume=True)
     assert statuses == [0] and "the checkpoint is of 2 process(es), now there are 1" in said
-    assert summary(out)["epochs_trained"] == 4
+    assert summary(out)["epochs_trained"] == 6
 
 
 def test_checkpointing_together(odd, finish, tmp_path):
