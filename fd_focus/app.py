@@ -80,22 +80,6 @@ def cut_zooms(
     return zooms
 
 # %% ../nbs/97_app.ipynb #97_app041
-_LOOKS = dict(sure=("#15803d", "sure"), doubt=("#b45309", ""), unknown=("#475569", "no threshold"))
-
-def _percent(p: float) -> str: return "> 99 %" if p > .995 else "< 1 %" if p < .005 else f"{100 * p:.0f} %"
-
-def _bar(name: str, p: float, colour: str) -> str:
-    "One class with its probability, as a bar."
-    return (f'<div style="display:flex;align-items:center;gap:.6em;margin:.25em 0;font-size:.95em"><span style="flex:0 0 42%;overflow:hidden;text-overflow:ellipsis;'
-            f'white-space:nowrap" title="{html.escape(name)}">{html.escape(name)}</span><span style="flex:1;height:.6em;border-radius:.3em;background:rgba(128,128,128,.2)">'
-            f'<span style="display:block;height:100%;border-radius:.3em;width:{100 * p:.1f}%;background:{colour}"></span></span>'
-            f'<span style="flex:0 0 4em;text-align:right;font-variant-numeric:tabular-nums">{html.escape(_percent(p))}</span></div>')
-
-def _notice(title: str, text: str, colour: str = "#b45309") -> str:
-    "A card that says what went wrong, or what to do."
-    return (f'<div class="fd-answer" style="border-left:.4em solid {colour};padding:.6em 1em;border-radius:.4em;background:rgba(128,128,128,.08)">'
-            f'<div style="font-size:1.3em;font-weight:600">{html.escape(title)}</div><div style="margin-top:.3em">{html.escape(text)}</div></div>')
-
 @dataclass(frozen=True)
 class Explanation:
     "An answer with the pictures that explain it. In a notebook it shows itself."
@@ -113,6 +97,8 @@ class Explanation:
         return {True: "sure", False: "doubt", None: "unknown"}[self.prediction.sure]
 
 # %% ../nbs/97_app.ipynb #97_app042
+def _percent(p: float) -> str: return "> 99 %" if p > .995 else "< 1 %" if p < .005 else f"{100 * p:.0f} %"
+
 @patch
 def sentence(self: Explanation) -> str:
     "How far to trust the answer, in plain words."
@@ -123,6 +109,16 @@ def sentence(self: Explanation) -> str:
     elif self.verdict == "doubt": first = f"{like}, but the model counts as sure only from {sure} on, {chosen}."
     else: first = f"{_percent(p.probability)}. Nobody chose a limit from which this model counts as sure."
     return first if self.calibrated else first + " Its percentages are not calibrated: they rank, and do not tell the chance of being right."
+
+# %% ../nbs/97_app.ipynb #97_app042d
+_LOOKS = dict(sure=("#15803d", "sure"), doubt=("#b45309", ""), unknown=("#475569", "no threshold"))
+
+def _bar(name: str, p: float, colour: str) -> str:
+    "One class with its probability, as a bar."
+    return (f'<div style="display:flex;align-items:center;gap:.6em;margin:.25em 0;font-size:.95em"><span style="flex:0 0 42%;overflow:hidden;text-overflow:ellipsis;'
+            f'white-space:nowrap" title="{html.escape(name)}">{html.escape(name)}</span><span style="flex:1;height:.6em;border-radius:.3em;background:rgba(128,128,128,.2)">'
+            f'<span style="display:block;height:100%;border-radius:.3em;width:{100 * p:.1f}%;background:{colour}"></span></span>'
+            f'<span style="flex:0 0 4em;text-align:right;font-variant-numeric:tabular-nums">{html.escape(_percent(p))}</span></div>')
 
 @patch
 def card(self: Explanation) -> str:
@@ -137,6 +133,7 @@ def card(self: Explanation) -> str:
             f'<div style="margin:.3em 0 .7em">{html.escape(self.sentence())}</div>'
             + "".join(_bar(name, p, colour) for name, p in self.prediction.top5) + plain + "</div>")
 
+# %% ../nbs/97_app.ipynb #97_app042g
 def _figure(image: Image.Image, title: str, css: str) -> str:
     "A picture with its caption, as text."
     buffer = io.BytesIO()
@@ -171,6 +168,12 @@ def explain(
                        cut_zooms(source, prediction), judges(classifier.config))
 
 # %% ../nbs/97_app.ipynb #97_app051
+def _notice(title: str, text: str, colour: str = "#b45309") -> str:
+    "A card that says what went wrong, or what to do."
+    return (f'<div class="fd-answer" style="border-left:.4em solid {colour};padding:.6em 1em;border-radius:.4em;background:rgba(128,128,128,.08)">'
+            f'<div style="font-size:1.3em;font-weight:600">{html.escape(title)}</div><div style="margin-top:.3em">{html.escape(text)}</div></div>')
+
+# %% ../nbs/97_app.ipynb #97_app051c
 def _refusal(
     name: str,            # of the file as the user knows it
     error: Exception,     # from `explain`
@@ -200,6 +203,7 @@ def _need(name: str):
         if error.name != name: raise
         raise ModuleNotFoundError(f"{name} is not installed: pip install 'fd_focus[app]'", name=name) from None
 
+# %% ../nbs/97_app.ipynb #97_app061d
 def example_files(
     folder: str | Path,     # a model folder
     most: int = 8,
@@ -208,6 +212,7 @@ def example_files(
     found = sorted(file for file in (Path(folder) / "examples").glob("*") if file.suffix.lower() in EXTENSIONS)
     return found[:most]
 
+# %% ../nbs/97_app.ipynb #97_app061g
 def about(classifier: FocusClassifier) -> str:
     "What is known about the model, as Markdown."
     config, percent = classifier.config, lambda p: f"{100 * p:.1f} %"
@@ -223,22 +228,7 @@ def about(classifier: FocusClassifier) -> str:
     names = ", ".join(map(plain, classifier.classes[:200])) + (f" and {len(classifier.classes) - 200} more" if len(classifier.classes) > 200 else "")
     return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows) + f"\n\n{names}"
 
-# %% ../nbs/97_app.ipynb #97_app063
-_ANY_FILE = """() => {     // Gradio's page turns away what is not named like a picture, curtly; let the server look, and say what is wrong
-  const named = files => { const t = new DataTransfer(); for (const f of files) t.items.add(f.type.startsWith("image/") ? f : new File([f], f.name, {type: "image/unknown"})); return t }
-  const foreign = files => [...files].some(f => !f.type.startsWith("image/"))
-  document.addEventListener("change", e => { if (e.target.files && e.target.closest("#photo") && foreign(e.target.files)) e.target.files = named(e.target.files).files }, true)
-  document.addEventListener("drop", e => {
-    if (!e.target.closest("#photo") || !foreign(e.dataTransfer.files)) return
-    e.preventDefault(); e.stopImmediatePropagation()
-    e.target.dispatchEvent(new DragEvent("drop", {bubbles: true, cancelable: true, dataTransfer: named(e.dataTransfer.files)}))
-  }, true)
-}"""
-_CSS = ".fd-app {max-width: 1180px !important; margin: auto !important} footer {display: none !important}"
-_WELCOME = _notice("What is it?", "Drop a photograph on the left, paste one, or choose an example.", "#475569")
-
-_ELSEWHERE = _notice("That picture did not arrive", "Please choose it once more: only pictures that were uploaded here, and the examples, are looked at.")
-
+# %% ../nbs/97_app.ipynb #97_app062c
 def _arrived(
     upload: str | dict,      # a path, or gradio's record of a file: whatever a request named
     uploads: str | Path,     # gradio's folder
@@ -249,6 +239,11 @@ def _arrived(
     try: file = Path(path).resolve()
     except (OSError, TypeError, ValueError): return None       # no path, or what can be none
     return path if file in examples or Path(uploads).resolve() in file.parents else None
+
+# %% ../nbs/97_app.ipynb #97_app063
+_WELCOME = _notice("What is it?", "Drop a photograph on the left, paste one, or choose an example.", "#475569")
+
+_ELSEWHERE = _notice("That picture did not arrive", "Please choose it once more: only pictures that were uploaded here, and the examples, are looked at.")
 
 def build_app(
     classifier: FocusClassifier,
@@ -285,6 +280,19 @@ def build_app(
     app.queue(max_size=32, default_concurrency_limit=1)      # one picture at a time: a network in two threads is no faster
     app.ask = ask
     return app
+
+# %% ../nbs/97_app.ipynb #97_app070c
+_ANY_FILE = """() => {     // Gradio's page turns away what is not named like a picture, curtly; let the server look, and say what is wrong
+  const named = files => { const t = new DataTransfer(); for (const f of files) t.items.add(f.type.startsWith("image/") ? f : new File([f], f.name, {type: "image/unknown"})); return t }
+  const foreign = files => [...files].some(f => !f.type.startsWith("image/"))
+  document.addEventListener("change", e => { if (e.target.files && e.target.closest("#photo") && foreign(e.target.files)) e.target.files = named(e.target.files).files }, true)
+  document.addEventListener("drop", e => {
+    if (!e.target.closest("#photo") || !foreign(e.dataTransfer.files)) return
+    e.preventDefault(); e.stopImmediatePropagation()
+    e.target.dispatchEvent(new DragEvent("drop", {bubbles: true, cancelable: true, dataTransfer: named(e.dataTransfer.files)}))
+  }, true)
+}"""
+_CSS = ".fd-app {max-width: 1180px !important; margin: auto !important} footer {display: none !important}"
 
 # %% ../nbs/97_app.ipynb #97_app071
 def launch_app(

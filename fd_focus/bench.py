@@ -57,6 +57,7 @@ def available_memory(device: str) -> int:
     try: return next(1024 * int(line.split()[1]) for line in open("/proc/meminfo") if line.startswith("MemAvailable"))
     except (OSError, StopIteration): return 8 * 1024 ** 3
 
+# %% ../nbs/85_bench.ipynb #85_bench006d
 class Clock:
     "Seconds of named spans: wall clock on a CPU, events on a GPU (read when the work is done)."
     def __init__(self, device: str = "cpu"): self.cuda, self.open, self.spans = torch.device(device).type == "cuda", {}, []
@@ -97,6 +98,7 @@ def take_turns(
             if turn >= warm: times[name].append(seconds)
     return times
 
+# %% ../nbs/85_bench.ipynb #85_bench006f
 def middle(values: list[float]) -> dict:
     "Median, smallest, largest, number."
     return dict(median=float(np.median(values)), low=min(values), high=max(values), n=len(values))
@@ -117,6 +119,7 @@ def make_batch(net: FocusNet, batch: int) -> tuple[Tensor, Tensor]:
     x = torch.rand(batch, 3, *net.image_size, device=device).to(memory_format=torch.channels_last)
     return x, torch.randint(0, net.n_classes, (batch,), device=device)
 
+# %% ../nbs/85_bench.ipynb #85_bench009d
 def training_step(net: FocusNet, batch: int, opt_func: Callable = FusedAdam, clock: Clock | None = None) -> Callable:
     "A function that makes one step: forward, loss, backward, optimiser."
     (x, y), loss_func, opt = make_batch(net, batch), FocusLoss(), opt_func(body_and_heads(net), lr=1e-5)
@@ -129,6 +132,7 @@ def training_step(net: FocusNet, batch: int, opt_func: Callable = FusedAdam, clo
         with span("optimiser"): opt.step(); opt.zero_grad()
     return step
 
+# %% ../nbs/85_bench.ipynb #85_bench009f
 def floor_step(net: FocusNet, batch: int, crops: int, train: bool = True) -> Callable:
     "A function that runs the body alone on as many pixels: images and `crops` a picture, forward, and backward in training."
     x, _ = make_batch(net, batch)
@@ -142,7 +146,7 @@ def floor_step(net: FocusNet, batch: int, crops: int, train: bool = True) -> Cal
                 net.body.zero_grad(set_to_none=True)
     return run
 
-# %% ../nbs/85_bench.ipynb #85_bench009b
+# %% ../nbs/85_bench.ipynb #85_bench009h
 def prediction(net: FocusNet, batch: int) -> Callable:
     "A function that answers one batch in eval mode."
     x, _ = make_batch(net, batch)
@@ -150,6 +154,7 @@ def prediction(net: FocusNet, batch: int) -> Callable:
     def run(): net.eval()(x)
     return run
 
+# %% ../nbs/85_bench.ipynb #85_bench009b
 @contextmanager
 def stages(net: FocusNet, clock: Clock):
     "While open, `clock` hears of each stage of the network's forward pass."
@@ -173,6 +178,7 @@ def stages(net: FocusNet, clock: Clock):
         for patch in wrapped: patch.stop()
         for handle in handles: handle.remove()
 
+# %% ../nbs/85_bench.ipynb #85_bench009j
 STAGES = ("image pass", "attention", "propose", "zoom", "crops' pass", "heads", "loss", "backward", "optimiser", "rest")
 
 def one_staged(net: FocusNet, step: Callable, clock: Clock) -> dict[str, float]:
@@ -241,15 +247,18 @@ def numpy_propose(attention: Tensor, boxes: Tensor, m: int = 6, iou_threshold: f
     rows = [np.concatenate([scores[:, None], corners, index], 1) for scores in attention.flatten(1).cpu().numpy()]
     return torch.tensor([numpy_nms(picture, m, iou_threshold) for picture in rows], device=attention.device)
 
+# %% ../nbs/85_bench.ipynb #85_bench015c
 def torchvision_propose(attention: Tensor, boxes: Tensor, m: int = 6, iou_threshold: float = .25) -> Tensor:
     "(B,m) indices, picture by picture with `torchvision.ops.nms`."
     return torch.stack([torchvision.ops.nms(boxes, scores, iou_threshold)[:m] for scores in attention.flatten(1)])
 
+# %% ../nbs/85_bench.ipynb #85_bench015e
 def sliced_zoom(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     "(B,m,3,size,size), crop by crop: slice, then interpolate."
     return torch.stack([torch.cat([F.interpolate(image[None, :, int(y0):int(y1), int(x0):int(x1)], size=(size, size), mode="bilinear", align_corners=False)
                                    for x0, y0, x1, y1 in rows]) for image, rows in zip(images, boxes.tolist())])
 
+# %% ../nbs/85_bench.ipynb #85_bench015g
 def bench_naive(image_size=448, batch=16, channels=2048, n_classes=200, stride=32, repeats=9, device="cpu") -> dict:
     "Batched selection and zoom (in kept and in new memory) against loops over pictures and crops; `times` in seconds, `ratios` of each loop to ours."
     torch.manual_seed(0)
@@ -280,6 +289,7 @@ def exponent(x: list[float], y: list[float]) -> float:
     "Slope of the straight line through (log x, log y)."
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
+# %% ../nbs/85_bench.ipynb #85_bench018c
 def locating(batch: int, n_classes: int = 200, m: int = 6, image_size: int = 448, channels: int = 2048, device: str = "cpu") -> Callable:
     "A function that runs attention, selection and zoom on given feature maps."
     torch.manual_seed(0)
@@ -289,6 +299,7 @@ def locating(batch: int, n_classes: int = 200, m: int = 6, image_size: int = 448
     table = suppression_table(grid)
     return lambda: zoom(images, grid[propose_from_table(attention_map(features, weight), table, m)], image_size // 2, region)
 
+# %% ../nbs/85_bench.ipynb #85_bench018e
 def growth(make: Callable, sizes: tuple, repeats: int = 3, device: str = "cpu") -> dict:
     "Median seconds and peak bytes of `make(x)()` for each x, and the fitted exponents."
     works = {x: make(x) for x in sizes}
@@ -298,6 +309,7 @@ def growth(make: Callable, sizes: tuple, repeats: int = 3, device: str = "cpu") 
     return dict(x=list(sizes), seconds=seconds, bytes=memory, time_exponent=exponent(sizes, seconds), memory_exponent=exponent(sizes, memory),
                 upper_time_exponent=exponent(sizes[len(sizes) // 2:], seconds[len(sizes) // 2:]))
 
+# %% ../nbs/85_bench.ipynb #85_bench018g
 def bench_growth(arch="toy_resnet", image_size=224, batches=(1, 2, 4, 8, 16, 32, 64), image_sizes=(224, 320, 448, 640, 896), classes=(10, 100, 1000, 10_000), regions=(1, 2, 4, 8, 16),
                  repeats=3, device="cpu") -> dict:
     "The series of this section by name."
@@ -388,6 +400,7 @@ class EpochParts(Callback):
         whole = time.perf_counter() - self.start
         self.epochs.append(self.parts | dict(rest=whole - sum(self.parts.values()), whole=whole))
 
+# %% ../nbs/85_bench.ipynb #85_bench025e
 def bench_epoch(data: str | None = None, toy: dict | None = None, photographs: dict | None = None, device="cpu") -> dict:
     "One row a run: seconds of the last epoch (of the birds the second: the first draws them) and its parts. `data` is a folder of photographs."
     from fd_focus.run import Settings, make_learner
@@ -471,6 +484,7 @@ def bench(
             part.replace(out)
     return results
 
+# %% ../nbs/85_bench.ipynb #85_bench027d
 def report(results: dict) -> str:
     "The results as text: machine, stages, bars."
     m = results["machine"]

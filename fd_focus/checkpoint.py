@@ -146,6 +146,7 @@ def state_of(
                               losses=plain(torch.stack(recorder.losses)) if recorder.losses else [],
                               smooth=[recorder.smooth_loss.count, plain(recorder.smooth_loss.val)]))
 
+# %% ../nbs/71_checkpoint.ipynb #71_checkpoint017d
 def set_state(learn: FocusLearner, state: dict) -> None:
     "Put a learner, within `fit`, back to where `state_of` saw it."
     bare(learn.model).load_state_dict(state["model"])
@@ -199,6 +200,7 @@ def _do_fit(self: FocusLearner):
         self.epoch = epoch
         self._with_events(self._do_epoch, "epoch", CancelEpochException)
 
+# %% ../nbs/71_checkpoint.ipynb #71_checkpoint021d
 class Checkpoint(Callback):
     "Saves the training at every epoch boundary, and goes on from there; for the `cbs` of `fit`."
     order = 100          # after recorder, schedule and trackers
@@ -209,19 +211,6 @@ class Checkpoint(Callback):
     ):
         self.file, self.state, self.settings, self.seconds_before = Path(folder) / "checkpoint.pt", None, settings or {}, 0.
         if resume: self.state = read_checkpoint(self.file)
-
-    def check(self, learn: FocusLearner, epochs: int | None = None) -> None:
-        "ValueError, naming what differs, where the checkpoint is of another training."
-        if learn.opt is None: learn.create_opt()
-        old, new = dict(self.state["facts"]), facts(learn)
-        if epochs is not None: old["epochs"], new["epochs"] = self.state["epochs"], epochs
-        wrong = [_difference(name, old.get(name), value) for name, value in new.items() if value != old.get(name)]
-        shapes = {name: list(tensor.shape) for name, tensor in bare(learn.model).state_dict().items()}
-        saved = {name: list(tensor.shape) for name, tensor in self.state["model"].items()}
-        show = lambda shape: "none" if shape is None else "x".join(map(str, shape))
-        other = sorted((name for name in {**saved, **shapes} if saved.get(name) != shapes.get(name)), key=lambda name: not (name in saved and name in shapes))
-        wrong += [f"{name}: {show(saved.get(name))} in it, {show(shapes.get(name))} now" for name in other[:6]]
-        if wrong: raise ValueError(f"the checkpoint {self.file} is of another training; " + "; ".join(wrong))
 
     @property
     def seconds(self) -> float:
@@ -246,6 +235,21 @@ class Checkpoint(Callback):
         self.file.parent.mkdir(parents=True, exist_ok=True)
         state = state_of(self.learn, epoch) | dict(seconds=self.seconds, settings=self.settings)     # with something of every process
         if rank_distrib() == 0: write_checkpoint(self.file, state)
+
+# %% ../nbs/71_checkpoint.ipynb #71_checkpoint021g
+@patch
+def check(self: Checkpoint, learn: FocusLearner, epochs: int | None = None) -> None:
+    "ValueError, naming what differs, where the checkpoint is of another training."
+    if learn.opt is None: learn.create_opt()
+    old, new = dict(self.state["facts"]), facts(learn)
+    if epochs is not None: old["epochs"], new["epochs"] = self.state["epochs"], epochs
+    wrong = [_difference(name, old.get(name), value) for name, value in new.items() if value != old.get(name)]
+    shapes = {name: list(tensor.shape) for name, tensor in bare(learn.model).state_dict().items()}
+    saved = {name: list(tensor.shape) for name, tensor in self.state["model"].items()}
+    show = lambda shape: "none" if shape is None else "x".join(map(str, shape))
+    other = sorted((name for name in {**saved, **shapes} if saved.get(name) != shapes.get(name)), key=lambda name: not (name in saved and name in shapes))
+    wrong += [f"{name}: {show(saved.get(name))} in it, {show(shapes.get(name))} now" for name in other[:6]]
+    if wrong: raise ValueError(f"the checkpoint {self.file} is of another training; " + "; ".join(wrong))
 
 # %% ../nbs/71_checkpoint.ipynb #71_checkpoint033
 class KeepBest(TrackerCallback):

@@ -116,6 +116,9 @@ def _given(command, values: dict) -> set[str]:
     flags = {name for name in values for word in words if name == word or (word and word not in values and name.startswith(word))}
     return {name for name, value in values.items() if name in flags or value != defaults[name]}
 
+# %% ../nbs/95_cli.ipynb #95_cli008e
+class _Finished(Exception): pass
+
 def _merge(values: dict, given: set[str]) -> tuple[dict, Path]:
     "Settings and folder: defaults, then the YAML file or the run that is resumed, then flags. ValueError for a conflict."
     from fd_focus.checkpoint import read_checkpoint
@@ -131,14 +134,20 @@ def _merge(values: dict, given: set[str]) -> tuple[dict, Path]:
     if wrong: raise ValueError(f"--resume goes on with the settings of the run in {out}; leave out {', '.join(wrong)}")
     return settings, out
 
-class _Finished(Exception): pass
-
+# %% ../nbs/95_cli.ipynb #95_cli010g
 def _unfinished(out: Path) -> str:
     "What a new run in `out` would overwrite, or nothing."
     from fd_focus.checkpoint import read_checkpoint
     try: state = read_checkpoint(out / "checkpoint.pt")
     except (FileNotFoundError, ValueError): return ""
     return f"{state['epoch']} of {state['epochs']} epochs" if state["epoch"] else ""
+
+# %% ../nbs/95_cli.ipynb #95_cli010j
+def _say_first(settings, out: Path) -> None:
+    "What a person may want to know before the first epoch, not after the last."
+    if (out / "summary.json").is_file(): print(f"{out} holds a finished run, which this one replaces when it is done")
+    if not (settings.pretrained or settings.weights or settings.arch == "toy_resnet"):
+        print(f"{settings.arch} starts from random weights; --pretrained would start from ImageNet's, --weights from a file's")
 
 # %% ../nbs/95_cli.ipynb #95_cli008d
 def _train(values: dict, given: set):
@@ -191,12 +200,6 @@ def _train(values: dict, given: set):
     if sure and judges(summary) == "test": print("the model's temperature and threshold were fitted on these test pictures: how well calibrated it is, others must tell")
     if settings.keep_best: print(f"weights of epoch {kept} of {summary['epochs_trained']}, chosen on these pictures: their accuracy flatters")
     elif settings.early_stop and kept < settings.epochs: print(f"stopped early, after epoch {kept} of {settings.epochs}; weights of the last epoch")
-
-def _say_first(settings, out: Path) -> None:
-    "What a person may want to know before the first epoch, not after the last."
-    if (out / "summary.json").is_file(): print(f"{out} holds a finished run, which this one replaces when it is done")
-    if not (settings.pretrained or settings.weights or settings.arch == "toy_resnet"):
-        print(f"{settings.arch} starts from random weights; --pretrained would start from ImageNet's, --weights from a file's")
 
 # %% ../nbs/95_cli.ipynb #95_cli012
 @call_parse
@@ -260,7 +263,7 @@ def fd_focus_predict(
                                                          device=device, rank=rank, world=world)))
     if (failed or not done) and not _launched(rank, world): sys.exit(1)     # torchrun would end the other processes
 
-# %% ../nbs/95_cli.ipynb #95_cli102
+# %% ../nbs/95_cli.ipynb #95_cli101c
 _PLACES = dict(rank=("RANK", 0), world=("WORLD_SIZE", 1))    # where torchrun says it, and what holds without
 
 def _launched(rank: int | None, world: int | None) -> bool:
@@ -272,11 +275,13 @@ def _share_of(args: dict) -> tuple[int, int]:
     "Rank and number of processes: each from its argument, else from torchrun's environment."
     return tuple(int(os.environ.get(variable, alone)) if args[name] is None else args[name] for name, (variable, alone) in _PLACES.items())
 
+# %% ../nbs/95_cli.ipynb #95_cli101f
 def _any_name(stream):
     "The stream, which lets names of files pass that are no UTF-8."
     if hasattr(stream, "reconfigure"): stream.reconfigure(errors="surrogateescape")
     return stream
 
+# %% ../nbs/95_cli.ipynb #95_cli102
 def _predict(args: dict) -> tuple[int, int]:
     "Pictures predicted, and how many of them failed."
     import warnings
@@ -353,6 +358,7 @@ def fd_focus_export(
     "Write image in, probabilities, boxes, scores and attention out as one graph, and check that it answers as PyTorch does."
     _explain(lambda: _export(model, format, out, opset, images, n))
 
+# %% ../nbs/95_cli.ipynb #95_cli113
 def _export(model: str, format: str, out: str | None, opset: int | None, images: list | None, n: int):
     import warnings
     from itertools import islice

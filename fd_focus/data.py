@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXTENSIONS', 'open_image', 'check_images', 'bad_images', 'DataWarning', 'duplicate_images', 'stratified_split',
-           'folder_table', 'csv_table', 'check_table', 'paper_transforms', 'ReducedPictures', 'BalancedDL',
+           'csv_table', 'folder_table', 'check_table', 'paper_transforms', 'ReducedPictures', 'BalancedDL',
            'FocusDataLoaders', 'cub_table', 'aircraft_table', 'cars_table', 'loader_speed']
 
 # %% ../nbs/60_data.ipynb #60_data003
@@ -41,6 +41,25 @@ from torch import Tensor
 from .toy import ToyItem, ToyLabeller, toy_items
 
 # %% ../nbs/60_data.ipynb #60_data006
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float32)
+        top = 65535 if image.mode.startswith("I") else max(1., float(values.max(initial=1)))
+        image = Image.fromarray((values.clip(0, top) / top * 255).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+# %% ../nbs/60_data.ipynb #60_data006d
+_TURNED = {5, 6, 7, 8}     # EXIF orientations that swap width and height
+
+def _upright_size(file: Path) -> tuple[int, int]:
+    "Width and height of a picture as a viewer shows it, without decoding it."
+    with Image.open(file) as image: return image.size[::-1] if image.getexif().get(0x0112) in _TURNED else image.size
+
+# %% ../nbs/60_data.ipynb #60_data006g
 def _refuse_bomb(image):
     "ValueError where decoding would unfold to more pixels than PIL's limit."
     limit, pixels = Image.MAX_IMAGE_PIXELS, image.width * image.height
@@ -59,23 +78,7 @@ def _decode(file, min_side: int | None = None) -> Image.Image:
         image.load()
     return image
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float32)
-        top = 65535 if image.mode.startswith("I") else max(1., float(values.max(initial=1)))
-        image = Image.fromarray((values.clip(0, top) / top * 255).round().astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-_TURNED = {5, 6, 7, 8}     # EXIF orientations that swap width and height
-
-def _upright_size(file: Path) -> tuple[int, int]:
-    "Width and height of a picture as a viewer shows it, without decoding it."
-    with Image.open(file) as image: return image.size[::-1] if image.getexif().get(0x0112) in _TURNED else image.size
-
+# %% ../nbs/60_data.ipynb #60_data006j
 def open_image(
     source,                       # path, open binary file, PIL image, or array (H,W) or (H,W,3) uint8
     min_side: int | None = None,  # pixels: a JPEG is decoded at 1/2, 1/4 or 1/8 where both sides stay at least this; None: in full
@@ -215,6 +218,12 @@ def _no_empty_class(folders: list[Path], table: pd.DataFrame):
 
 _HALVES = ("train", "training"), ("valid", "val", "validation"), ("test", "testing")     # names of folders, in any case
 
+def _warn_beside(path: Path, halves: list[Path]):
+    "DataWarning where pictures lie beside the halves of a split."
+    beside = [file for sub in _subfolders(path) if sub not in halves for file in _files(sub)] + [file for file in path.iterdir() if file.is_file() and not _hidden(file.name)]
+    if beside := [file.relative_to(path).as_posix() for file in beside if file.suffix.lower() in EXTENSIONS]:
+        warnings.warn(f"{len(beside)} pictures in {path} lie beside its halves {_some(half.name for half in halves)} and are left out: {_some(beside, 3)}", DataWarning, stacklevel=3)
+
 def _no_deeper_classes(folders: list[Path], table: pd.DataFrame):
     "ValueError where the classes seem to lie one level deeper: one 'class' alone, or one called like a half, with all its pictures in folders of their own."
     depth = 1 if len(folders) == 1 else 2      # parts of a file's name down to the class folder
@@ -262,30 +271,6 @@ def _resplit(table: pd.DataFrame, valid_pct: float | None, seed: int, own: str =
     return table
 
 # %% ../nbs/60_data.ipynb #60_data025
-def folder_table(
-    path: str | Path,                # the folder
-    valid_pct: float | None = None,  # None: the folder's own split, or a fifth of each class where it has none; else this share of the training pictures
-    seed: int = 0,                   # of the share
-) -> pd.DataFrame:                   # columns file (relative to path), label, split ('train' or 'valid')
-    "Pictures, labels and split of a folder. Raises FileNotFoundError or ValueError that say what was looked for; DataWarning says what is left out."
-    path = Path(path)
-    if path.is_file(): raise ValueError(f"{path} is a file: give the folder that holds it, where a table is called split.csv; or use FocusDataLoaders.from_csv")
-    if not path.is_dir(): raise FileNotFoundError(f"no folder {path}")
-    if (path / "split.csv").is_file(): return csv_table(path / "split.csv", valid_pct=valid_pct, seed=seed)
-    subs = {sub.name.lower(): sub for sub in _subfolders(path)}
-    train, valid, test = (next((subs[name] for name in names if name in subs), None) for names in _HALVES)
-    if train and (held_out := valid or test):
-        folders = [train, held_out]
-        parts = [_class_folders(folder).assign(split=split, file=lambda t: [f"{folder.name}/{f}" for f in t.file])
-                 for folder, split in zip(folders, ("train", "valid"))]
-        table = pd.concat(parts, ignore_index=True)
-    else: folders, table = [path], _class_folders(path)
-    if table.empty: raise ValueError(f"no pictures in {path}: put them into one folder a class ({_some(EXTENSIONS)})")
-    _no_empty_class(folders, table)
-    _no_deeper_classes(folders, table)
-    if "split" not in table: return _resplit(table.assign(split="train"), 0.2 if valid_pct is None else valid_pct, seed)
-    return _resplit(table, valid_pct, seed, "valid" if valid else "test")
-
 def _csv_rows(file: str | Path) -> pd.DataFrame:
     "Rows of a CSV with columns file, label, perhaps split, and box where it has corners; blanks around names do not count. ValueError for what is wrong with them."
     if not Path(file).is_file(): raise FileNotFoundError(f"no file {file}")
@@ -306,6 +291,7 @@ def _csv_rows(file: str | Path) -> pd.DataFrame:
         table["box"] = list(values)
     return table
 
+# %% ../nbs/60_data.ipynb #60_data025d
 def csv_table(
     file: str | Path,                # CSV with columns file,label and perhaps split ('train', and 'valid', 'val' or 'test') and x0,y0,x1,y1
     valid_pct: float | None = None,  # None: the column split, or a fifth of each class where there is none; else this share of the training pictures
@@ -322,6 +308,32 @@ def csv_table(
     own = "valid" if {"valid", "val"} & set(table.split) else "test"
     if own == "valid": table = table[table.split != "test"]
     return _resplit(table.assign(split=np.where(table.split == "train", "train", "valid")).reset_index(drop=True), valid_pct, seed, own)
+
+# %% ../nbs/60_data.ipynb #60_data025g
+def folder_table(
+    path: str | Path,                # the folder
+    valid_pct: float | None = None,  # None: the folder's own split, or a fifth of each class where it has none; else this share of the training pictures
+    seed: int = 0,                   # of the share
+) -> pd.DataFrame:                   # columns file (relative to path), label, split ('train' or 'valid')
+    "Pictures, labels and split of a folder. Raises FileNotFoundError or ValueError that say what was looked for; DataWarning says what is left out."
+    path = Path(path)
+    if path.is_file(): raise ValueError(f"{path} is a file: give the folder that holds it, where a table is called split.csv; or use FocusDataLoaders.from_csv")
+    if not path.is_dir(): raise FileNotFoundError(f"no folder {path}")
+    if (path / "split.csv").is_file(): return csv_table(path / "split.csv", valid_pct=valid_pct, seed=seed)
+    subs = {sub.name.lower(): sub for sub in _subfolders(path)}
+    train, valid, test = (next((subs[name] for name in names if name in subs), None) for names in _HALVES)
+    if train and (held_out := valid or test):
+        folders = [train, held_out]
+        _warn_beside(path, [half for half in (train, valid, test) if half])
+        parts = [_class_folders(folder).assign(split=split, file=lambda t: [f"{folder.name}/{f}" for f in t.file])
+                 for folder, split in zip(folders, ("train", "valid"))]
+        table = pd.concat(parts, ignore_index=True)
+    else: folders, table = [path], _class_folders(path)
+    if table.empty: raise ValueError(f"no pictures in {path}: put them into one folder a class ({_some(EXTENSIONS)})")
+    _no_empty_class(folders, table)
+    _no_deeper_classes(folders, table)
+    if "split" not in table: return _resplit(table.assign(split="train"), 0.2 if valid_pct is None else valid_pct, seed)
+    return _resplit(table, valid_pct, seed, "valid" if valid else "test")
 
 # %% ../nbs/60_data.ipynb #60_data027
 def check_table(
@@ -457,50 +469,6 @@ def _without(table: pd.DataFrame, path: Path, on_bad_image: str, on_duplicate: s
 # %% ../nbs/60_data.ipynb #60_data038
 class FocusDataLoaders(DataLoaders):
     "fastai DataLoaders with `.table`: file, label, split of every picture, and box and parts where they are known."
-    @classmethod
-    @delegates(TfmdDL.__init__, but="dataset bs shuffle verbose do_setup batch_size indexed wif before_iter after_item before_batch after_batch after_iter "
-               "create_batches create_item create_batch retain get_idxs sample shuffle_fn do_batch".split())
-    def from_table(cls,
-        table: pd.DataFrame,              # columns file, label, split ('train' or 'valid'), and perhaps box, parts, visible in pixels of the upright picture
-        path: str | Path = ".",           # folder the files are relative to
-        image_size: int = 448,            # side of what the network sees, pixels
-        resize: int | None = None,        # see `paper_transforms`
-        squash: bool = True,              # see `paper_transforms`
-        item_tfms: list | None = None,    # instead of `paper_transforms`; must end in pictures of `image_size`
-        batch_tfms: list | None = None,   # normalisation is added by the learner, which knows the body
-        on_bad_image: str = "error",      # 'error' names files that cannot be read; 'skip' leaves them out, see `.skipped`
-        on_duplicate: str = "warn",       # the same picture under two labels or in both splits: 'warn' names them; 'drop' leaves out all
-                                          # copies with two labels, and training copies of validation pictures
-        balance: bool = False,            # draw every class equally often in training
-        cache: str | Path | None = None,  # folder that keeps large pictures reduced, see `ReducedPictures`
-        cache_gb: float = 10.,            # its size, gigabytes
-        bs: int = 16,                     # pictures a batch, at most those in training
-        **kwargs,
-    ) -> "FocusDataLoaders":
-        "DataLoaders of a table. ValueError names broken pictures or classes, or a batch that never fills; DataWarning what was left out or is there twice."
-        _known(kwargs)
-        if on_bad_image not in ("error", "skip"): raise ValueError(f"on_bad_image={on_bad_image!r}; use 'error' or 'skip'")
-        if on_duplicate not in ("warn", "drop"): raise ValueError(f"on_duplicate={on_duplicate!r}; use 'warn' or 'drop'")
-        if item_tfms is not None and (resize is not None or not squash): raise ValueError("item_tfms replace the transforms that resize and squash describe; give one or the other")
-        path, classes, judged_by = Path(path), set(table.label), table.attrs.get("judged_by", "valid")
-        table, skipped, twice = _without(table, path, on_bad_image, on_duplicate)
-        check_table(table, classes)
-        own = item_tfms is None
-        if own: item_tfms = paper_transforms(image_size, resize, squash)
-        min_side = _target_side(item_tfms)
-        if cache and not min_side: raise ValueError("cache keeps pictures at the size that the first of item_tfms resizes to, but these do not begin with a Resize")
-        reader = _Reader(path, min_side, ReducedPictures(cache, min_side, cache_gb) if cache else None)
-        block = DataBlock((ImageBlock, CategoryBlock(vocab=sorted(table.label.unique()))), get_x=reader, get_y=_Labels(table),
-                          splitter=IndexSplitter(np.flatnonzero(table.split == "valid")), item_tfms=item_tfms, batch_tfms=batch_tfms)
-        if balance:
-            labels = table.label[table.split == "train"]
-            kwargs |= dict(dl_type=BalancedDL, dl_kwargs=[dict(weights=(1 / labels.map(labels.value_counts())).tolist()), {}])
-        dls = cls._of(block.dataloaders(list(table.file), bs=bs, **kwargs), table, image_size, path)
-        dls.skipped, dls.duplicates = skipped, twice
-        dls.geometry = (max(item_tfms[0].size), squash) if own else None
-        dls.min_side, dls.judged_by = _target_side(item_tfms), judged_by
-        return dls
-
     def test_dl(self, test_items, *args, **kwargs):
         "fastai's, which takes PIL images too: one that is still a file is read first, or transforms would give its type to what they make of it."
         if isinstance(test_items, (list, tuple, L)): test_items = [open_image(item) if isinstance(item, Image.Image) else item for item in test_items]
@@ -517,6 +485,51 @@ class FocusDataLoaders(DataLoaders):
         self.geometry = None     # (side resized to, squashed?) of `paper_transforms`; None: other transforms
         return self
 
+# %% ../nbs/60_data.ipynb #60_data038e
+@patch(cls_method=True)
+@delegates(TfmdDL.__init__, but="dataset bs shuffle verbose do_setup batch_size indexed wif before_iter after_item before_batch after_batch after_iter "
+           "create_batches create_item create_batch retain get_idxs sample shuffle_fn do_batch".split())
+def from_table(cls: FocusDataLoaders,
+    table: pd.DataFrame,              # columns file, label, split ('train' or 'valid'), and perhaps box, parts, visible in pixels of the upright picture
+    path: str | Path = ".",           # folder the files are relative to
+    image_size: int = 448,            # side of what the network sees, pixels
+    resize: int | None = None,        # see `paper_transforms`
+    squash: bool = True,              # see `paper_transforms`
+    item_tfms: list | None = None,    # instead of `paper_transforms`; must end in pictures of `image_size`
+    batch_tfms: list | None = None,   # normalisation is added by the learner, which knows the body
+    on_bad_image: str = "error",      # 'error' names files that cannot be read; 'skip' leaves them out, see `.skipped`
+    on_duplicate: str = "warn",       # the same picture under two labels or in both splits: 'warn' names them; 'drop' leaves out all
+                                      # copies with two labels, and training copies of validation pictures
+    balance: bool = False,            # draw every class equally often in training
+    cache: str | Path | None = None,  # folder that keeps large pictures reduced, see `ReducedPictures`
+    cache_gb: float = 10.,            # its size, gigabytes
+    bs: int = 16,                     # pictures a batch, at most those in training
+    **kwargs,
+) -> "FocusDataLoaders":
+    "DataLoaders of a table. ValueError names broken pictures or classes, or a batch that never fills; DataWarning what was left out or is there twice."
+    _known(kwargs)
+    if on_bad_image not in ("error", "skip"): raise ValueError(f"on_bad_image={on_bad_image!r}; use 'error' or 'skip'")
+    if on_duplicate not in ("warn", "drop"): raise ValueError(f"on_duplicate={on_duplicate!r}; use 'warn' or 'drop'")
+    if item_tfms is not None and (resize is not None or not squash): raise ValueError("item_tfms replace the transforms that resize and squash describe; give one or the other")
+    path, classes, judged_by = Path(path), set(table.label), table.attrs.get("judged_by", "valid")
+    table, skipped, twice = _without(table, path, on_bad_image, on_duplicate)
+    check_table(table, classes)
+    own = item_tfms is None
+    if own: item_tfms = paper_transforms(image_size, resize, squash)
+    min_side = _target_side(item_tfms)
+    if cache and not min_side: raise ValueError("cache keeps pictures at the size that the first of item_tfms resizes to, but these do not begin with a Resize")
+    reader = _Reader(path, min_side, ReducedPictures(cache, min_side, cache_gb) if cache else None)
+    block = DataBlock((ImageBlock, CategoryBlock(vocab=sorted(table.label.unique()))), get_x=reader, get_y=_Labels(table),
+                      splitter=IndexSplitter(np.flatnonzero(table.split == "valid")), item_tfms=item_tfms, batch_tfms=batch_tfms)
+    if balance:
+        labels = table.label[table.split == "train"]
+        kwargs |= dict(dl_type=BalancedDL, dl_kwargs=[dict(weights=(1 / labels.map(labels.value_counts())).tolist()), {}])
+    dls = cls._of(block.dataloaders(list(table.file), bs=bs, **kwargs), table, image_size, path)
+    dls.skipped, dls.duplicates = skipped, twice
+    dls.geometry = (max(item_tfms[0].size), squash) if own else None
+    dls.min_side, dls.judged_by = _target_side(item_tfms), judged_by
+    return dls
+
 # %% ../nbs/60_data.ipynb #60_data038b
 @patch(cls_method=True)
 @delegates(FocusDataLoaders.from_table, but=["table"])
@@ -529,6 +542,7 @@ def from_folder(cls: FocusDataLoaders,
     "DataLoaders of a folder (see `folder_table` for layouts, `from_table` for the other arguments)."
     return cls.from_table(folder_table(path, valid_pct, seed), path, **kwargs)
 
+# %% ../nbs/60_data.ipynb #60_data038i
 @patch(cls_method=True)
 @delegates(FocusDataLoaders.from_table, but=["table", "path"])
 def from_csv(cls: FocusDataLoaders,
@@ -753,6 +767,22 @@ def cub_table(
     table["split"] = np.where(table.train == 1, "train", "valid")
     return _resplit(table[[c for c in ("file", "label", "split", "box", "parts", "visible") if c in table]].reset_index(drop=True), valid_pct, seed, "test")
 
+# %% ../nbs/60_data.ipynb #60_data072
+@patch(cls_method=True)
+@delegates(FocusDataLoaders.from_table, but=["table"])
+def from_cub(cls: FocusDataLoaders,
+    path: str | Path,                # see `cub_table`
+    valid_pct: float | None = None,  # None: official split; else this share of the training images, and no test image
+    seed: int = 0,
+    download: bool = False,          # fetch the set into `path` where it is not there yet
+    **kwargs,
+) -> FocusDataLoaders:
+    "DataLoaders of CUB-200-2011 (see `cub_table`, `from_table`). FileNotFoundError names what is missing."
+    if download and not (_cub_root(Path(path)) / "images.txt").is_file(): untar_data(URLs.CUB_200_2011, archive=Path(path).absolute(), data=Path(path).absolute())   # fastai takes a relative path from its own folder
+    table, root = cub_table(path, valid_pct, seed), _cub_root(Path(path))
+    _need([root / "images"], _CUB)
+    return cls.from_table(table, root, **kwargs)
+
 # %% ../nbs/60_data.ipynb #60_data069
 def _aircraft_root(path: Path) -> Path:
     return next((p for p in (path / "fgvc-aircraft-2013b" / "data", path / "data", path) if (p / "images").is_dir()), path / "data")
@@ -776,6 +806,23 @@ def aircraft_table(
         table["box"] = [boxes[Path(f).stem].astype(np.float32) for f in table.file]
     table["file"] = [(path.relative_to(root) / "images" / f).as_posix() for f in table.file]
     return _resplit(table, valid_pct, seed, "test")
+
+# %% ../nbs/60_data.ipynb #60_data072d
+@patch(cls_method=True)
+@delegates(FocusDataLoaders.from_table, but=["table"])
+def from_aircraft(cls: FocusDataLoaders,
+    path: str | Path,                # see `aircraft_table`
+    level: str = "variant",          # 'variant', 'family' or 'manufacturer'
+    valid_pct: float | None = None,  # None: official split; else this share of the training images, and no test image
+    seed: int = 0,
+    download: bool = False,          # fetch the set into `path` where it is not there yet
+    **kwargs,
+) -> FocusDataLoaders:
+    "DataLoaders of FGVC-Aircraft (see `aircraft_table`, `from_table`). FileNotFoundError names what is missing."
+    if download and not (_aircraft_root(Path(path)) / "images").is_dir():
+        from torchvision.datasets import FGVCAircraft
+        FGVCAircraft(path, split="trainval", download=True)
+    return cls.from_table(aircraft_table(path, level, valid_pct, seed), path, **kwargs)
 
 # %% ../nbs/60_data.ipynb #60_data071
 _CARS = ("Stanford Cars is no longer at its source: put cars_train/ and cars_test/ into the folder, cars_meta.mat and cars_train_annos.mat "
@@ -808,38 +855,7 @@ def cars_table(
     table = pd.DataFrame([(file, str(names[k - 1]).replace("/", "-"), split, box(r)) for file, k, split, r in records], columns=["file", "label", "split", "box"])
     return _resplit(table, valid_pct, seed, "test")
 
-# %% ../nbs/60_data.ipynb #60_data072
-@patch(cls_method=True)
-@delegates(FocusDataLoaders.from_table, but=["table"])
-def from_cub(cls: FocusDataLoaders,
-    path: str | Path,                # see `cub_table`
-    valid_pct: float | None = None,  # None: official split; else this share of the training images, and no test image
-    seed: int = 0,
-    download: bool = False,          # fetch the set into `path` where it is not there yet
-    **kwargs,
-) -> FocusDataLoaders:
-    "DataLoaders of CUB-200-2011 (see `cub_table`, `from_table`). FileNotFoundError names what is missing."
-    if download and not (_cub_root(Path(path)) / "images.txt").is_file(): untar_data(URLs.CUB_200_2011, archive=Path(path).absolute(), data=Path(path).absolute())   # fastai takes a relative path from its own folder
-    table, root = cub_table(path, valid_pct, seed), _cub_root(Path(path))
-    _need([root / "images"], _CUB)
-    return cls.from_table(table, root, **kwargs)
-
-@patch(cls_method=True)
-@delegates(FocusDataLoaders.from_table, but=["table"])
-def from_aircraft(cls: FocusDataLoaders,
-    path: str | Path,                # see `aircraft_table`
-    level: str = "variant",          # 'variant', 'family' or 'manufacturer'
-    valid_pct: float | None = None,  # None: official split; else this share of the training images, and no test image
-    seed: int = 0,
-    download: bool = False,          # fetch the set into `path` where it is not there yet
-    **kwargs,
-) -> FocusDataLoaders:
-    "DataLoaders of FGVC-Aircraft (see `aircraft_table`, `from_table`). FileNotFoundError names what is missing."
-    if download and not (_aircraft_root(Path(path)) / "images").is_dir():
-        from torchvision.datasets import FGVCAircraft
-        FGVCAircraft(path, split="trainval", download=True)
-    return cls.from_table(aircraft_table(path, level, valid_pct, seed), path, **kwargs)
-
+# %% ../nbs/60_data.ipynb #60_data072f
 @patch(cls_method=True)
 @delegates(FocusDataLoaders.from_table, but=["table"])
 def from_cars(cls: FocusDataLoaders,

@@ -66,6 +66,7 @@ class Evaluation:
         lines += [f"{row.is_} taken for {row.taken_for}: {row.count_} of {row.of}" for row in self.confused.head(5).rename(columns={"is": "is_", "count": "count_"}).itertuples()]
         return "\n".join(lines)
 
+# %% ../nbs/93_evaluate.ipynb #93_evaluate008c
 def evaluate(
     classifier: FocusClassifier,
     pictures: pd.DataFrame,     # columns file, label, from `labelled_pictures`

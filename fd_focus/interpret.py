@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['pointing_game', 'part_hit_rate', 'object_coverage', 'box_recall', 'localisation', 'chance_level',
            'LocalisationMetric', 'PointingGame', 'PartHitRate', 'ObjectCoverage', 'BoxRecall', 'localisation_metrics',
-           'predictions', 'confused_pairs', 'plot_confused', 'fit_temperature', 'reliability',
-           'expected_calibration_error', 'reliability_diagram', 'Threshold', 'confidence_threshold', 'Calibration',
-           'calibrate']
+           'predictions', 'confused_pairs', 'plot_confused', 'reliability', 'expected_calibration_error',
+           'fit_temperature', 'reliability_diagram', 'Threshold', 'confidence_threshold', 'Calibration', 'calibrate']
 
 # %% ../nbs/80_interpret.ipynb #80_interpret003
 import warnings
@@ -46,6 +45,7 @@ def pointing_game(
     boxes = boxes[:, None] if boxes.ndim == 2 else boxes
     return _inside(point[:, None], boxes + boxes.new_tensor([-1, -1, 1, 1]) * tolerance).flatten(1).any(1)
 
+# %% ../nbs/80_interpret.ipynb #80_interpret006d
 def part_hit_rate(
     regions: Tensor,                  # (B,m,4) xyxy, best first
     centres: Tensor,                  # (B,P,2) centres of the parts
@@ -56,6 +56,7 @@ def part_hit_rate(
     shown = torch.ones(centres.shape[:2]) if visible is None else visible.float()
     return (hit * shown[..., None]).sum(1) / shown.sum(1, keepdim=True)
 
+# %% ../nbs/80_interpret.ipynb #80_interpret010b
 def object_coverage(
     regions: Tensor,                  # (B,m,4) xyxy, best first
     box: Tensor,                      # (B,4) xyxy of the object
@@ -72,6 +73,7 @@ def object_coverage(
     sides = box[:, 2:] - box[:, :2]
     return (covered * area[:, None]).sum((2, 3)) / sides.prod(1, keepdim=True)
 
+# %% ../nbs/80_interpret.ipynb #80_interpret012b
 def box_recall(
     regions: Tensor,                  # (B,m,4) xyxy, best first
     box: Tensor,                      # (B,4) xyxy of the object
@@ -86,6 +88,7 @@ def _truth(dls, items) -> dict[str, Tensor]:
     if not hasattr(dls, "truth"): raise ValueError("these DataLoaders know no boxes: localisation needs FocusDataLoaders with a table of boxes")
     return {name: torch.from_numpy(values) for name, values in dls.truth(items).items()}
 
+# %% ../nbs/80_interpret.ipynb #80_interpret014c
 def _metrics(attention, regions, truth, image_size) -> dict[str, Tensor]:
     "Per-image values of every metric that the truth allows, by name; NaN where an image has no truth."
     m, known = regions.shape[1], lambda values, where: values.float().where(where.view(-1, *[1] * (values.ndim - 1)), torch.nan)
@@ -103,12 +106,14 @@ def _metrics(attention, regions, truth, image_size) -> dict[str, Tensor]:
     for name, all_k in (("object coverage", coverage), ("box recall", recall)): values |= {f"{name} at {k}": all_k[:, k - 1] for k in range(1, m + 1)}
     return values
 
+# %% ../nbs/80_interpret.ipynb #80_interpret014f
 def _random_regions(net, n: int, size: tuple[int, int], generator) -> tuple[Tensor, Tensor]:
     "Random attention (n,h,w), and the regions (n,m,4) that it proposes, in pixels of an input of `size`."
     noise = torch.rand(n, *net.map_size, generator=generator)
     scale = torch.tensor([size[1] / net.image_size[1], size[0] / net.image_size[0]] * 2)
     return noise, net.grid[net._propose(noise.to(net.grid.device), net.m)].cpu() * scale
 
+# %% ../nbs/80_interpret.ipynb #80_interpret014i
 def localisation(
     learn: FocusLearner,     # with a FocusNet, and a table with box (and parts) in `learn.dls`
     n_random: int = 5,       # rounds of random regions for the chance level
@@ -129,6 +134,7 @@ def localisation(
     return pd.DataFrame({"value": {name: v.nanmean().item() for name, v in found.items()},
                          "chance": {name: torch.stack([r[name] for r in rounds]).nanmean().item() for name in found}})
 
+# %% ../nbs/80_interpret.ipynb #80_interpret020b
 def chance_level(learn: FocusLearner, **kwargs) -> pd.Series:
     "The chance column of `localisation`."
     return localisation(learn, **kwargs)["chance"]
@@ -164,27 +170,32 @@ class LocalisationMetric(Metric):
     @property
     def value(self): return self.total / self.count if self.count else None
 
+# %% ../nbs/80_interpret.ipynb #80_interpret022d
 class PointingGame(LocalisationMetric):
     "Share of objects that hold the attention's maximum (`pointing_game`)."
     label = "pointing_game"
     def __init__(self, dls, chance: bool = False, seed: int = 0): super().__init__(dls, None, chance, seed)
     def measure(self, attention, regions, truth, size): return _metrics(attention, regions, {"box": truth["box"]}, size)["pointing game, object"]
 
+# %% ../nbs/80_interpret.ipynb #80_interpret022g
 class PartHitRate(LocalisationMetric):
     "Share of visible parts with their centre in one of the top k regions (`part_hit_rate`). Needs a table with parts."
     label, needs = "part_hit_rate", "parts"
     def measure(self, attention, regions, truth, size): return part_hit_rate(regions, truth["parts"][..., :2], truth.get("visible"))[:, self.k - 1]
 
+# %% ../nbs/80_interpret.ipynb #80_interpret022j
 class ObjectCoverage(LocalisationMetric):
     "Share of the object's box covered by the top k regions together (`object_coverage`)."
     label = "object_coverage"
     def measure(self, attention, regions, truth, size): return object_coverage(regions, truth["box"])[:, self.k - 1]
 
+# %% ../nbs/80_interpret.ipynb #80_interpret022m
 class BoxRecall(LocalisationMetric):
     "Share of objects with which one of the top k regions has an IoU of at least ½ (`box_recall`)."
     label = "box_recall"
     def measure(self, attention, regions, truth, size): return _metrics(attention, regions, {"box": truth["box"]}, size)[f"box recall at {self.k}"]
 
+# %% ../nbs/80_interpret.ipynb #80_interpret022p
 def localisation_metrics(
     dls,            # with a table of boxes (and parts)
     k: int = 4,     # the top k regions
@@ -202,6 +213,7 @@ def predictions(
     with learn.no_bar(): logits, targets, *_ = learn.get_preds(dl=dl, act=lambda x: x)
     return logits.as_subclass(Tensor).float().cpu(), targets.as_subclass(Tensor).long().cpu()
 
+# %% ../nbs/80_interpret.ipynb #80_interpret031c
 def confused_pairs(
     logits: Tensor,      # (N,C)
     targets: Tensor,     # (N,)
@@ -214,6 +226,13 @@ def confused_pairs(
     rows = [(vocab[i], vocab[j], int(counts[i, j]), int(counts[i].sum())) for i, j in counts.nonzero().tolist() if i != j]
     return pd.DataFrame(rows, columns=["is", "taken_for", "count", "of"]).sort_values(["count", "is", "taken_for"], ascending=[False, True, True], ignore_index=True).head(n)
 
+# %% ../nbs/80_interpret.ipynb #80_interpret032b
+def _pictures(learn: Learner, items: list) -> Tensor:
+    "(B,3,H,W) from 0 to 1 as the network sees them."
+    dl = learn.dls.test_dl(items, num_workers=0, bs=len(items))
+    return to_pixels(dl, dl.one_batch()[0])
+
+# %% ../nbs/80_interpret.ipynb #80_interpret032e
 def plot_confused(
     learn: FocusLearner,
     pairs: int = 3,          # the most frequent confusions
@@ -252,26 +271,7 @@ def plot_confused(
             for ax, picture, regions in zip(row[start:], pictures, boxes): draw_regions(ax, picture, regions, ax.get_title("center"), k)
     return fig
 
-def _pictures(learn: Learner, items: list) -> Tensor:
-    "(B,3,H,W) from 0 to 1 as the network sees them."
-    dl = learn.dls.test_dl(items, num_workers=0, bs=len(items))
-    return to_pixels(dl, dl.one_batch()[0])
-
 # %% ../nbs/80_interpret.ipynb #80_interpret035
-def fit_temperature(
-    logits: Tensor,      # (N,C) on validation data
-    targets: Tensor,     # (N,)
-) -> float:              # T: softmax(logits / T) is calibrated; above 1 where the network is too sure
-    """The temperature with the largest likelihood on validation data (Guo et al. 2017), between 1/20 and 20; 1 where no answer is wrong, but for ties. ValueError for NaN
-    or no data."""
-    if len(logits) == 0 or len(logits) != len(targets): raise ValueError(f"{len(logits)} logits and {len(targets)} targets; give as many of each, at least 1")
-    if not torch.isfinite(logits).all(): raise ValueError("logits hold NaN or infinity")
-    logits, targets = logits.double(), targets.long()
-    loss = lambda log_t: F.cross_entropy(logits / np.exp(log_t), targets).item()
-    best = minimize_scalar(loss, bounds=(-np.log(20), np.log(20)), method="bounded", options=dict(xatol=1e-4))
-    # Without an error, or with mere ties, the likelihood grows as T falls, to the very bound: nothing says how sure is too sure.
-    return 1. if loss(-np.log(20)) <= best.fun + 1e-9 else float(np.exp(best.x))
-
 def reliability(
     probabilities: Tensor,   # (N,C)
     targets: Tensor,         # (N,)
@@ -288,6 +288,7 @@ def reliability(
                               confidence=(sums(confidence) / count).numpy(), accuracy=(sums(right) / count).numpy()))
     return table[table["count"] > 0].reset_index(drop=True)
 
+# %% ../nbs/80_interpret.ipynb #80_interpret037b
 def expected_calibration_error(
     probabilities: Tensor,   # (N,C)
     targets: Tensor,         # (N,)
@@ -297,6 +298,22 @@ def expected_calibration_error(
     table = reliability(probabilities, targets, bins)
     return float((table["count"] * (table.accuracy - table.confidence).abs()).sum() / table["count"].sum())
 
+# %% ../nbs/80_interpret.ipynb #80_interpret037f
+def fit_temperature(
+    logits: Tensor,      # (N,C) on validation data
+    targets: Tensor,     # (N,)
+) -> float:              # T: softmax(logits / T) is calibrated; above 1 where the network is too sure
+    """The temperature with the largest likelihood on validation data (Guo et al. 2017), between 1/20 and 20; 1 where no answer is wrong, but for ties. ValueError for NaN
+    or no data."""
+    if len(logits) == 0 or len(logits) != len(targets): raise ValueError(f"{len(logits)} logits and {len(targets)} targets; give as many of each, at least 1")
+    if not torch.isfinite(logits).all(): raise ValueError("logits hold NaN or infinity")
+    logits, targets = logits.double(), targets.long()
+    loss = lambda log_t: F.cross_entropy(logits / np.exp(log_t), targets).item()
+    best = minimize_scalar(loss, bounds=(-np.log(20), np.log(20)), method="bounded", options=dict(xatol=1e-4))
+    # Without an error, or with mere ties, the likelihood grows as T falls, to the very bound: nothing says how sure is too sure.
+    return 1. if loss(-np.log(20)) <= best.fun + 1e-9 else float(np.exp(best.x))
+
+# %% ../nbs/80_interpret.ipynb #80_interpret039d
 def reliability_diagram(
     probabilities: Tensor,   # (N,C)
     targets: Tensor,         # (N,)

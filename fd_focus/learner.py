@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from fastcore.basics import patch
+from fastcore.basics import noop, patch
 from fastcore.foundation import L
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.mixup import MixHandler, MixUp
@@ -138,6 +138,7 @@ class StopOnNaN(Callback):
         raise FloatingPointError(f"the loss became {float(self.value)} in epoch {self.epoch + 1}, batch {int(batch)}, at learning rate "
                                  f"{self.lrs[int(batch) - 1]:.1e}: try a smaller one, or look for broken values in the pictures")
 
+# %% ../nbs/70_learner.ipynb #70_learner012d
 class _DeviceSmoothLoss(AvgSmoothLoss):
     "The same running mean, kept where the loss is."
     def accumulate(self, learn):
@@ -152,6 +153,7 @@ class SmoothOnDevice(Callback):
     def after_train(self):
         if self.recorder.losses: self.recorder.losses = list(torch.stack([loss.to(self.loss.device) for loss in self.recorder.losses]).cpu())
 
+# %% ../nbs/70_learner.ipynb #70_learner012g
 class PassTarget(Callback):
     "Gives the network the true classes in training (attention='single')."
     def before_fit(self):
@@ -168,6 +170,7 @@ def to_pixels(dl, x: Tensor) -> Tensor:
         if isinstance(transform, Normalize): x = transform.decodes(x)
     return x.as_subclass(Tensor).float().clamp(0, 1).cpu()
 
+# %% ../nbs/70_learner.ipynb #70_learner014d
 def look(
     learn: Learner,   # with a FocusNet
     x: Tensor,        # (B,3,H,W) a batch as the network sees it
@@ -179,12 +182,14 @@ def look(
     learn.model.train(was)
     return type(focus)(**{k: None if v is None else v.float().cpu() if v.is_floating_point() else v.cpu() for k, v in vars(focus).items()})
 
+# %% ../nbs/70_learner.ipynb #70_learner014g
 class FocusLearner(Learner):
-    "A fastai Learner whose `show_results` draws regions and attention."
-    def _do_fit(self):
-        try: super()._do_fit()
+    "A fastai Learner whose `show_results` draws regions and attention. However a fit ends, callbacks with a method `let_go` are asked to put the network back."
+    def _with_events(self, f, event_type, ex, final=noop):
+        try: super()._with_events(f, event_type, ex, final)
         finally:       # an error or Ctrl-C skips every callback's `after_fit`
-            if isinstance(net := bare(self.model), FocusNet): net.first_look_only = False
+            if event_type == "fit":
+                for cb in self.cbs: getattr(cb, "let_go", noop)()
     def show_results(self, ds_idx=1, dl=None, max_n=6, shuffle=True, **kwargs):
         "Pictures with their top-4 regions and attention, titled 'true / predicted' (green where right)."
         if not hasattr(self.model, "focus"): return super().show_results(ds_idx, dl, max_n, shuffle, **kwargs)
@@ -195,6 +200,7 @@ class FocusLearner(Learner):
         titles = [f"{self.dls.vocab[t]} /\n{self.dls.vocab[g]}" for t, g in zip(truth, guess)]
         return plot_focus(to_pixels(dl, x), focus, titles, ["green" if t == g else "red" for t, g in zip(truth, guess)], **kwargs)
 
+# %% ../nbs/70_learner.ipynb #70_learner014j
 class FocusInterpretation(ClassificationInterpretation):
     "fastai's ClassificationInterpretation, with the top-4 regions in `plot_top_losses`."
     def plot_top_losses(self, k: int, largest: bool = True, **kwargs):
@@ -220,7 +226,7 @@ def see(self: FocusLearner,
     joined = {name: None if getattr(batches[0][1], name) is None else torch.cat([getattr(f, name) for _, f in batches]) for name in vars(batches[0][1])}
     return torch.cat([x for x, _ in batches]), type(batches[0][1])(**joined)
 
-# %% ../nbs/70_learner.ipynb #70_learner015
+# %% ../nbs/70_learner.ipynb #70_learner014n
 def _normalise(dls: DataLoaders, stats: tuple, arch) -> None:
     "Normalise batches with the body's (mean, std); where they are normalised otherwise already, say so."
     given = [t for t in dls.after_batch.fs if isinstance(t, Normalize)]
@@ -229,6 +235,7 @@ def _normalise(dls: DataLoaders, stats: tuple, arch) -> None:
     if [mean, std] != [[round(v, 3) for v in part] for part in stats]:
         warnings.warn(f"dls normalises with mean {mean} and std {std}, but {arch} was made for {stats[0]} and {stats[1]}: make new DataLoaders for it", DataWarning, stacklevel=3)
 
+# %% ../nbs/70_learner.ipynb #70_learner015
 def focus_learner(
     dls: DataLoaders,                   # pictures and one category each; `FocusDataLoaders` or any image DataLoaders
     arch: str | Callable = "resnet50",  # torchvision function or name, timm name, 'toy_resnet', or a body (an nn.Module)
@@ -284,12 +291,51 @@ class Steps:
     def __init__(self, lrs: np.ndarray, every: float = 0.4, factor: float = 0.1): self.lrs, self.every, self.factor = lrs, every, factor
     def __call__(self, pos: float) -> np.ndarray: return self.lrs * self.factor ** int(pos / self.every + 1e-6)
 
+# %% ../nbs/70_learner.ipynb #70_learner022d
+@patch
+def fit_paper(self: FocusLearner,
+    n_epoch: int,            # 100 in the paper; the learning rate falls after 40 % and 80 % of them
+    lr: float = 0.01,        # base learning rate, of the heads
+    body_lr: float = 0.1,    # the body's, as a share of it
+    wd: float = 5e-4,        # weight decay (L2)
+    mom: float = 0.9,        # momentum
+    cbs=None, start_epoch: int = 0,
+) -> None:
+    "Train end to end with the paper's recipe (section 4.2): SGD and three steps. Replaces the optimiser."
+    self.opt_func, self.wd_bn_bias = partial(SGD, mom=mom, decouple_wd=False), True
+    self.create_opt(); self.unfreeze()
+    lrs = np.array([lr * body_lr, lr])
+    self.opt.set_hyper("lr", lrs)
+    self.fit(n_epoch, wd=wd, cbs=[ParamScheduler({"lr": Steps(lrs)}), *L(cbs)], start_epoch=start_epoch)
+
+# %% ../nbs/70_learner.ipynb #70_learner022e4
 class WarmCosine:
     "Schedule: linear from `lrs/25` during the share `warm` of the run, then a half cosine to zero."
     def __init__(self, lrs: np.ndarray, warm: float = 0.1): self.lrs, self.warm = lrs, warm
     def __call__(self, pos: float) -> np.ndarray:
         if pos < self.warm: return self.lrs * (1 / 25 + (1 - 1 / 25) * pos / self.warm)
         return self.lrs * (1 + math.cos(math.pi * (pos - self.warm) / (1 - self.warm))) / 2
+
+# %% ../nbs/70_learner.ipynb #70_learner022e7
+@patch
+def fit_modern(self: FocusLearner,
+    n_epoch: int,
+    lr: float = 4e-3,             # peak learning rate, of the heads
+    body_lr: float = 0.1,         # the body's, as a share of it; 1 from scratch
+    wd: float | None = None,      # weight decay; None: the learner's
+    warm: float = 0.1,            # share of the run with a rising learning rate
+    ema: float | None = None,     # decay of a moving average of the weights, 0.99 say
+    mixup: float = 0.,            # strength (alpha) of MixUp; 0 is none
+    cbs=None, start_epoch: int = 0,
+) -> None:
+    "Train end to end: warm-up and cosine with the learner's optimiser (AdamW by default). ValueError for MixUp with attention='single'."
+    if mixup and getattr(self.model, "attention", None) == "single":
+        raise ValueError("mixup blends two classes, but attention='single' looks for one true class: use attention='max', or mixup=0")
+    self.unfreeze()
+    lrs = np.array([lr * body_lr, lr])
+    self.opt.set_hyper("lr", lrs)
+    extra = ([AverageWeights(ema)] if ema else []) + ([MixUp(mixup)] if mixup else [])
+    self.fit(n_epoch, wd=wd, cbs=[ParamScheduler({"lr": WarmCosine(lrs, warm)}), *extra, *L(cbs)], start_epoch=start_epoch)
 
 # %% ../nbs/70_learner.ipynb #70_learner022c
 class AverageWeights(Callback):
@@ -320,6 +366,7 @@ class AverageWeights(Callback):
     def after_cancel_validate(self): self._swap(False)
     def after_fit(self): self._swap(True)
 
+# %% ../nbs/70_learner.ipynb #70_learner022c7
 class ImageFirst(Callback):
     "For the first `epochs` only the image head learns, as a plain classifier; then the second look begins."
     order = -10
@@ -331,41 +378,5 @@ class ImageFirst(Callback):
         for cb in self.learn.cbs:
             if isinstance(cb, TrackerCallback): cb.best = math.inf if cb.comp == np.less else -math.inf
             if isinstance(cb, EarlyStoppingCallback): cb.wait = 0
-    def after_fit(self): bare(self.model).first_look_only = False
-
-# %% ../nbs/70_learner.ipynb #70_learner022d
-@patch
-def fit_paper(self: FocusLearner,
-    n_epoch: int,            # 100 in the paper; the learning rate falls after 40 % and 80 % of them
-    lr: float = 0.01,        # base learning rate, of the heads
-    body_lr: float = 0.1,    # the body's, as a share of it
-    wd: float = 5e-4,        # weight decay (L2)
-    mom: float = 0.9,        # momentum
-    cbs=None, start_epoch: int = 0,
-) -> None:
-    "Train end to end with the paper's recipe (section 4.2): SGD and three steps. Replaces the optimiser."
-    self.opt_func, self.wd_bn_bias = partial(SGD, mom=mom, decouple_wd=False), True
-    self.create_opt(); self.unfreeze()
-    lrs = np.array([lr * body_lr, lr])
-    self.opt.set_hyper("lr", lrs)
-    self.fit(n_epoch, wd=wd, cbs=[ParamScheduler({"lr": Steps(lrs)}), *L(cbs)], start_epoch=start_epoch)
-
-@patch
-def fit_modern(self: FocusLearner,
-    n_epoch: int,
-    lr: float = 4e-3,             # peak learning rate, of the heads
-    body_lr: float = 0.1,         # the body's, as a share of it; 1 from scratch
-    wd: float | None = None,      # weight decay; None: the learner's
-    warm: float = 0.1,            # share of the run with a rising learning rate
-    ema: float | None = None,     # decay of a moving average of the weights, 0.99 say
-    mixup: float = 0.,            # strength (alpha) of MixUp; 0 is none
-    cbs=None, start_epoch: int = 0,
-) -> None:
-    "Train end to end: warm-up and cosine with the learner's optimiser (AdamW by default). ValueError for MixUp with attention='single'."
-    if mixup and getattr(self.model, "attention", None) == "single":
-        raise ValueError("mixup blends two classes, but attention='single' looks for one true class: use attention='max', or mixup=0")
-    self.unfreeze()
-    lrs = np.array([lr * body_lr, lr])
-    self.opt.set_hyper("lr", lrs)
-    extra = ([AverageWeights(ema)] if ema else []) + ([MixUp(mixup)] if mixup else [])
-    self.fit(n_epoch, wd=wd, cbs=[ParamScheduler({"lr": WarmCosine(lrs, warm)}), *extra, *L(cbs)], start_epoch=start_epoch)
+    def let_go(self): bare(self.model).first_look_only = False
+    def after_fit(self): self.let_go()        # in a plain Learner

@@ -9,6 +9,7 @@ __all__ = ['FocusLoss']
 import torch
 import torch.nn.functional as F
 from fastai.torch_core import Module, TensorBase
+from fastcore.basics import patch
 from torch import Tensor
 
 from .model import FocusOutput
@@ -33,18 +34,6 @@ class FocusLoss(Module):
         self.label_smoothing, self.reduction = label_smoothing, reduction
         self.image = self.region = self.hybrid = None
 
-    def _terms(self, output: FocusOutput, target: Tensor) -> dict[str, Tensor]:
-        "(B,) cross entropy of each head; a head that does not exist has none."
-        per_item = lambda logits: F.cross_entropy(logits, target, reduction="none", label_smoothing=self.label_smoothing)
-        terms = dict(image=per_item(_plain(output.image)))
-        regions = _plain(output.regions)
-        if m := regions.shape[1]:
-            repeated = target[:, None].expand(-1, m).flatten()
-            terms["region"] = F.cross_entropy(regions.flatten(0, 1), repeated, reduction="none",
-                                              label_smoothing=self.label_smoothing).view(-1, m).mean(1)
-        if output.hybrid is not None: terms["hybrid"] = per_item(_plain(output.hybrid))
-        return terms
-
     def forward(self, output, target):
         target = _plain(target)
         if isinstance(output, FocusOutput):
@@ -57,12 +46,29 @@ class FocusLoss(Module):
             loss = F.cross_entropy(_plain(output), target, reduction="none", label_smoothing=smoothing)
         return loss if self.reduction == "none" else getattr(loss, self.reduction)()
 
-    def activation(self, output: Tensor) -> Tensor:
-        "Probabilities of logits."
-        return F.softmax(_answer(output), dim=-1)
+# %% ../nbs/50_loss.ipynb #50_loss008e
+@patch
+def _terms(self: FocusLoss, output: FocusOutput, target: Tensor) -> dict[str, Tensor]:
+    "(B,) cross entropy of each head; a head that does not exist has none."
+    per_item = lambda logits: F.cross_entropy(logits, target, reduction="none", label_smoothing=self.label_smoothing)
+    terms = dict(image=per_item(_plain(output.image)))
+    regions = _plain(output.regions)
+    if m := regions.shape[1]:
+        repeated = target[:, None].expand(-1, m).flatten()
+        terms["region"] = F.cross_entropy(regions.flatten(0, 1), repeated, reduction="none",
+                                          label_smoothing=self.label_smoothing).view(-1, m).mean(1)
+    if output.hybrid is not None: terms["hybrid"] = per_item(_plain(output.hybrid))
+    return terms
 
-    def decodes(self, output: Tensor) -> Tensor:
-        "Class indices of logits or probabilities."
-        return _answer(output).argmax(dim=-1)
-
+# %% ../nbs/50_loss.ipynb #50_loss013c
 def _answer(output): return output.answer if isinstance(output, FocusOutput) else output
+
+@patch
+def activation(self: FocusLoss, output: Tensor) -> Tensor:
+    "Probabilities of logits."
+    return F.softmax(_answer(output), dim=-1)
+
+@patch
+def decodes(self: FocusLoss, output: Tensor) -> Tensor:
+    "Class indices of logits or probabilities."
+    return _answer(output).argmax(dim=-1)

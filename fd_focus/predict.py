@@ -52,6 +52,24 @@ def _array(source: np.ndarray | Tensor) -> np.ndarray:
     if values.dtype not in ((np.uint8,) if values.ndim == 3 else (np.uint8, np.uint16, np.int32)): raise ValueError(f"a picture of {values.dtype}; give uint8, or numbers from 0 to 1")
     return values
 
+# %% ../nbs/92_predict.ipynb #92_predict011c
+def _open_file(file, min_side: int | None) -> tuple[Image.Image, tuple[int, int]]:
+    "A decoded file, perhaps at reduced scale, and its full (height, width)."
+    image = open_image(file, min_side)
+    if min_side is None: return image, (image.height, image.width)
+    with Image.open(file) as header:
+        width, height = header.size
+        return image, (width, height) if header.getexif().get(274, 1) >= 5 else (height, width)    # 274: orientation; from 5 on, turned by 90 degrees
+
+# %% ../nbs/92_predict.ipynb #92_predict011f
+def _rewound(stream):
+    "A binary stream that can go back to its start: itself, or what it holds."
+    if isinstance(stream, io.TextIOBase): raise ValueError("give bytes: open it with 'rb', or take .buffer")
+    try: stream.seek(0)
+    except (AttributeError, OSError): stream = stream.read()     # a pipe
+    if isinstance(stream, str): raise ValueError("give bytes: open it with 'rb', or take .buffer")
+    return io.BytesIO(stream) if isinstance(stream, bytes) else stream
+
 def open_any(
     source,                       # path, PIL picture, bytes, open binary file, array (H,W,3) or (H,W), tensor (3,H,W) or (H,W)
     min_side: int | None = None,  # see `open_image`
@@ -69,21 +87,6 @@ def open_any(
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{name} cannot be read as a picture: {error.__cause__ or error}") from error
     return image, (image.height, image.width)
-
-def _rewound(stream):
-    "A binary stream that can go back to its start: itself, or what it holds."
-    try: stream.seek(0)
-    except (AttributeError, OSError): stream = stream.read()     # a pipe
-    if isinstance(stream, str): raise ValueError("give bytes: open it with 'rb', or take .buffer")
-    return io.BytesIO(stream) if isinstance(stream, bytes) else stream
-
-def _open_file(file, min_side: int | None) -> tuple[Image.Image, tuple[int, int]]:
-    "A decoded file, perhaps at reduced scale, and its full (height, width)."
-    image = open_image(file, min_side)
-    if min_side is None: return image, (image.height, image.width)
-    with Image.open(file) as header:
-        width, height = header.size
-        return image, (width, height) if header.getexif().get(274, 1) >= 5 else (height, width)    # 274: orientation; from 5 on, turned by 90 degrees
 
 # %% ../nbs/92_predict.ipynb #92_predict021
 def prepare(
@@ -130,7 +133,7 @@ class Prediction:
         return dict(label=self.label, probability=round(self.probability, 6), sure=self.sure, top5=[[name, round(p, 6)] for name, p in self.top5],
                     boxes=[[round(side, 1) for side in box] for box in self.boxes.tolist()], scores=[round(s, 4) for s in self.scores.tolist()])
 
-# %% ../nbs/92_predict.ipynb #92_predict032
+# %% ../nbs/92_predict.ipynb #92_predict032b
 def _device(
     name: str | torch.device | None,   # None: a GPU where there is one
 ) -> torch.device:
@@ -143,6 +146,7 @@ def _device(
         raise ValueError(f"device={str(name)!r} cannot be used here; use {there} ({str(error).splitlines()[0]})") from None
     return device
 
+# %% ../nbs/92_predict.ipynb #92_predict032
 class FocusClassifier:
     "A trained model that takes pictures of any kind."
     def __init__(self,
@@ -164,52 +168,56 @@ class FocusClassifier:
         "From a model folder; errors are those of `load_focus`."
         return cls(load_focus(folder), device, fold)
 
-    def _prepare(self, source) -> tuple[Tensor, np.ndarray, tuple]:
-        "(3,S,S) uint8, view, and (height, width) of the original."
-        image, size = open_any(source, self.min_side)
-        seen, view = prepare(image, self.resize, self.input_size, self.squash)
-        view = view * np.tile([size[1] / image.width, size[0] / image.height], 2)     # a JPEG may have been decoded at reduced scale
-        return torch.from_numpy(np.array(seen)).permute(2, 0, 1), view, size
-
-    def pixels(self, source) -> Tensor:
-        "(3,H,W) from 0 to 1: a picture as the pipeline, or an exported graph, takes it."
-        return self._prepare(source)[0].float() / 255
-
-    @torch.inference_mode()
-    def _answers(self, prepared: list[tuple]) -> list[Prediction]:
-        "Predictions of prepared pictures, as one batch."
-        pictures, views, sizes = zip(*prepared)
-        x = (torch.stack(pictures).to(self.device).float() / 255).contiguous(memory_format=torch.channels_last)
-        outputs = [part.float().cpu() for part in self.pipeline(x)]
-        if len(outputs) == 1: outputs += [torch.zeros(len(x), 0, 4), torch.zeros(len(x), 0), [None] * len(x)]
-        return [self._one(*parts) for parts in zip(*outputs, views, sizes)]
-
-    def _one(self, probabilities, boxes, scores, attention, view, size) -> Prediction:
-        best = probabilities.topk(min(5, len(probabilities)))
-        top5 = [(self.classes[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist())]
-        view = torch.from_numpy(view).float()
-        scale = (view[2:] - view[:2]) / torch.tensor(self.input_size[::-1])
-        boxes = boxes * scale.repeat(2) + view[:2].repeat(2)
-        (label, probability), sure = top5[0], None if self.threshold is None else top5[0][1] >= self.threshold
-        return Prediction(label, probability, sure, top5, probabilities, boxes, scores, attention, view, size)
-
-# %% ../nbs/92_predict.ipynb #92_predict033
-def _pictures(source) -> list | None:
-    "The pictures of a list, tuple, or batch; None where `source` is one picture."
-    if isinstance(source, (list, tuple)): return list(source)
-    if isinstance(source, (np.ndarray, Tensor)) and source.ndim == 4: return list(source)
+# %% ../nbs/92_predict.ipynb #92_predict032f
+@patch
+def _prepare(self: FocusClassifier, source) -> tuple[Tensor, np.ndarray, tuple]:
+    "(3,S,S) uint8, view, and (height, width) of the original."
+    image, size = open_any(source, self.min_side)
+    seen, view = prepare(image, self.resize, self.input_size, self.squash)
+    view = view * np.tile([size[1] / image.width, size[0] / image.height], 2)     # a JPEG may have been decoded at reduced scale
+    return torch.from_numpy(np.array(seen)).permute(2, 0, 1), view, size
 
 @patch
-def predict(self: FocusClassifier,
-    source,                           # see `open_any`; or a list of such, a tensor (B,3,H,W), an array (B,H,W,3)
-    bs: int = 16,                     # pictures at once
-) -> Prediction | list[Prediction]:   # a list for several pictures
-    "Class, probabilities, regions. Errors name the picture that cannot be read."
-    pictures = _pictures(source)
-    if pictures is None: return self._answers([self._prepare(source)])[0]
-    found = [prediction for _, prediction in self.stream(pictures, bs, on_error="raise")]
-    return found
+def pixels(self: FocusClassifier, source) -> Tensor:
+    "(3,H,W) from 0 to 1: a picture as the pipeline, or an exported graph, takes it."
+    return self._prepare(source)[0].float() / 255
 
+# %% ../nbs/92_predict.ipynb #92_predict032i
+@patch
+@torch.inference_mode()
+def _answers(self: FocusClassifier, prepared: list[tuple]) -> list[Prediction]:
+    "Predictions of prepared pictures, as one batch."
+    pictures, views, sizes = zip(*prepared)
+    x = (torch.stack(pictures).to(self.device).float() / 255).contiguous(memory_format=torch.channels_last)
+    outputs = [part.float().cpu() for part in self.pipeline(x)]
+    if len(outputs) == 1: outputs += [torch.zeros(len(x), 0, 4), torch.zeros(len(x), 0), [None] * len(x)]
+    return [self._one(*parts) for parts in zip(*outputs, views, sizes)]
+
+@patch
+def _one(self: FocusClassifier, probabilities, boxes, scores, attention, view, size) -> Prediction:
+    best = probabilities.topk(min(5, len(probabilities)))
+    top5 = [(self.classes[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist())]
+    view = torch.from_numpy(view).float()
+    scale = (view[2:] - view[:2]) / torch.tensor(self.input_size[::-1])
+    boxes = boxes * scale.repeat(2) + view[:2].repeat(2)
+    (label, probability), sure = top5[0], None if self.threshold is None else top5[0][1] >= self.threshold
+    return Prediction(label, probability, sure, top5, probabilities, boxes, scores, attention, view, size)
+
+# %% ../nbs/92_predict.ipynb #92_predict033b
+@patch
+def _batch(self: FocusClassifier, futures: list[tuple], on_error: str) -> Iterator[tuple]:
+    "Answers of one batch, errors in their places."
+    results = []
+    for source, future in futures:
+        try: results.append((source, future.result()))
+        except (ValueError, OSError) as error:
+            if on_error == "raise": raise
+            results.append((source, error))
+    good = [result for _, result in results if isinstance(result, tuple)]
+    answers = iter(self._answers(good) if good else ())
+    for source, result in results: yield source, next(answers) if isinstance(result, tuple) else result
+
+# %% ../nbs/92_predict.ipynb #92_predict033e
 def _check_batches(bs: int, workers: int) -> None:
     "ValueError for numbers that make no sense."
     if bs < 1 or workers < 1: raise ValueError(f"bs={bs}, workers={workers}; use at least 1")
@@ -233,18 +241,22 @@ def stream(self: FocusClassifier,
             if not waiting: return
             yield from self._batch([waiting.popleft() for _ in range(min(bs, len(waiting)))], on_error)
 
+# %% ../nbs/92_predict.ipynb #92_predict033
+def _pictures(source) -> list | None:
+    "The pictures of a list, tuple, or batch; None where `source` is one picture."
+    if isinstance(source, (list, tuple)): return list(source)
+    if isinstance(source, (np.ndarray, Tensor)) and source.ndim == 4: return list(source)
+
 @patch
-def _batch(self: FocusClassifier, futures: list[tuple], on_error: str) -> Iterator[tuple]:
-    "Answers of one batch, errors in their places."
-    results = []
-    for source, future in futures:
-        try: results.append((source, future.result()))
-        except (ValueError, OSError) as error:
-            if on_error == "raise": raise
-            results.append((source, error))
-    good = [result for _, result in results if isinstance(result, tuple)]
-    answers = iter(self._answers(good) if good else ())
-    for source, result in results: yield source, next(answers) if isinstance(result, tuple) else result
+def predict(self: FocusClassifier,
+    source,                           # see `open_any`; or a list of such, a tensor (B,3,H,W), an array (B,H,W,3)
+    bs: int = 16,                     # pictures at once
+) -> Prediction | list[Prediction]:   # a list for several pictures
+    "Class, probabilities, regions. Errors name the picture that cannot be read."
+    pictures = _pictures(source)
+    if pictures is None: return self._answers([self._prepare(source)])[0]
+    found = [prediction for _, prediction in self.stream(pictures, bs, on_error="raise")]
+    return found
 
 # %% ../nbs/92_predict.ipynb #92_predict041
 def draw_prediction(
@@ -265,26 +277,6 @@ def draw_prediction(
     return dark
 
 # %% ../nbs/92_predict.ipynb #92_predict061
-def find_pictures(
-    paths: Iterable[str],       # files, folders (with all below them), patterns such as 'birds/**/*.jpg', or '-': a list on `lines`
-    lines: Iterable[str] = (),  # a path a line
-    rank: int = 0, world: int = 1,  # every `world`-th picture, from the `rank`-th on
-    regions: Path | None = None,    # a folder below that is left out: drawings of an earlier run are no pictures to ask about
-) -> Iterator[str]:
-    "Names of pictures, in a fixed order. What does not exist is named too: opening it says what is wrong."
-    if not 0 <= rank < world: raise ValueError(f"rank={rank} of world={world}; ranks count from 0")
-    regions = regions and regions.resolve()
-    return islice((name for path in paths for name in _below(path, lines, regions)), rank, None, world)
-
-def _below(path: str, lines: Iterable[str], regions: Path | None) -> Iterator[str]:
-    "The pictures one argument stands for."
-    if path == "-":
-        for line in lines:
-            if line.strip(): yield line.rstrip("\r\n")
-    elif os.path.isdir(path): yield from _folder(path, regions)
-    elif not os.path.exists(path) and glob.has_magic(path) and (found := sorted(glob.glob(path, recursive=True))): yield from _matches(path, found, regions)
-    else: yield path
-
 def _folder(path: str, regions: Path | None) -> Iterator[str]:
     "All pictures below a folder; the folder itself where there are none."
     empty = True
@@ -296,6 +288,7 @@ def _folder(path: str, regions: Path | None) -> Iterator[str]:
                 yield os.path.join(folder, name)
     if empty: yield path
 
+# %% ../nbs/92_predict.ipynb #92_predict061c
 def _matches(pattern: str, found: list[str], regions: Path | None) -> Iterator[str]:
     "What a pattern has found, each once: a folder stands for the pictures below it, though '**' names those too."
     start, seen = Path(*takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts)).resolve(), set()
@@ -306,17 +299,31 @@ def _matches(pattern: str, found: list[str], regions: Path | None) -> Iterator[s
             if name not in seen: yield name
             seen.add(name)
 
+# %% ../nbs/92_predict.ipynb #92_predict061f
+def _below(path: str, lines: Iterable[str], regions: Path | None) -> Iterator[str]:
+    "The pictures one argument stands for."
+    if path == "-":
+        for line in lines:
+            if line.strip(): yield line.rstrip("\r\n")
+    elif os.path.isdir(path): yield from _folder(path, regions)
+    elif not os.path.exists(path) and glob.has_magic(path) and (found := sorted(glob.glob(path, recursive=True))): yield from _matches(path, found, regions)
+    else: yield path
+
+def find_pictures(
+    paths: Iterable[str],       # files, folders (with all below them), patterns such as 'birds/**/*.jpg', or '-': a list on `lines`
+    lines: Iterable[str] = (),  # a path a line
+    rank: int = 0, world: int = 1,  # every `world`-th picture, from the `rank`-th on
+    regions: Path | None = None,    # a folder below that is left out: drawings of an earlier run are no pictures to ask about
+) -> Iterator[str]:
+    "Names of pictures, in a fixed order. What does not exist is named too: opening it says what is wrong."
+    if not 0 <= rank < world: raise ValueError(f"rank={rank} of world={world}; ranks count from 0")
+    regions = regions and regions.resolve()
+    return islice((name for path in paths for name in _below(path, lines, regions)), rank, None, world)
 
 # %% ../nbs/92_predict.ipynb #92_predict064
 def _check_kind(kind: str) -> None:
     "ValueError for a kind of rows that is not known."
     if kind not in ("csv", "jsonl"): raise ValueError(f"format={kind!r}; use 'csv' or 'jsonl'")
-
-def _is_utf8(text: str) -> bool:
-    "False for names of files with bytes that are no UTF-8."
-    try: text.encode()
-    except UnicodeEncodeError: return False
-    return True
 
 class Rows:
     "Writes one row a picture, as CSV or JSON lines."
@@ -333,20 +340,28 @@ class Rows:
             self.writer.writerow(["file", "label", "probability", "sure", *(f"{name}_{i + 1}" for i in range(1, self.top) for name in ("label", "probability")),
                                   *(f"{name}_{i + 1}" for i in range(boxes) for name in ("box", "score")), "error"])
 
-    def write(self, file, found: Prediction | Exception, error: Exception | None = None):
-        "A row of a prediction, or of what went wrong; of both, where there is an answer but `error` kept it from being drawn."
-        if isinstance(found, Exception): found, error = None, found
-        why = "" if error is None else str(error) or repr(error)
-        row = found.as_dict() if found else {}
-        if self.kind == "jsonl":
-            row = dict(file=str(file)) | row | (dict(error=why) if why else {})
-            text = json.dumps(row, ensure_ascii=False)
-            if not _is_utf8(text): text = json.dumps(row)      # JSON must be; a stray byte of a name becomes \\udc80 to \\udcff, as Python reads it
-            return self.stream.write(text + "\n")
-        if not found: return self.writer.writerow([file, *[""] * (1 + 2 * self.top + 2 * self.boxes), why])
-        self.writer.writerow([file, row["label"], row["probability"], "" if found.sure is None else found.sure,
-                              *(value for pair in row["top5"][1:] for value in pair),
-                              *(value for box, score in zip(row["boxes"], row["scores"]) for value in (" ".join(map(str, box)), score)), why])
+# %% ../nbs/92_predict.ipynb #92_predict064c
+def _is_utf8(text: str) -> bool:
+    "False for names of files with bytes that are no UTF-8."
+    try: text.encode()
+    except UnicodeEncodeError: return False
+    return True
+
+@patch
+def write(self: Rows, file, found: Prediction | Exception, error: Exception | None = None):
+    "A row of a prediction, or of what went wrong; of both, where there is an answer but `error` kept it from being drawn."
+    if isinstance(found, Exception): found, error = None, found
+    why = "" if error is None else str(error) or repr(error)
+    row = found.as_dict() if found else {}
+    if self.kind == "jsonl":
+        row = dict(file=str(file)) | row | (dict(error=why) if why else {})
+        text = json.dumps(row, ensure_ascii=False)
+        if not _is_utf8(text): text = json.dumps(row)      # JSON must be; a stray byte of a name becomes \\udc80 to \\udcff, as Python reads it
+        return self.stream.write(text + "\n")
+    if not found: return self.writer.writerow([file, *[""] * (1 + 2 * self.top + 2 * self.boxes), why])
+    self.writer.writerow([file, row["label"], row["probability"], "" if found.sure is None else found.sure,
+                          *(value for pair in row["top5"][1:] for value in pair),
+                          *(value for box, score in zip(row["boxes"], row["scores"]) for value in (" ".join(map(str, box)), score)), why])
 
 # %% ../nbs/92_predict.ipynb #92_predict065
 _SAVED = {".jpg", ".jpeg", ".png", ".webp"}
@@ -363,6 +378,7 @@ def regions_file(
     if target.exists() and file.exists() and target.samefile(file): raise ValueError(f"regions in {folder} would overwrite {file}; choose another folder")
     return target
 
+# %% ../nbs/92_predict.ipynb #92_predict065d
 def predict_files(
     classifier: FocusClassifier,
     files: Iterable[str],

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOY_SETTINGS', 'FOLDER_SETTINGS', 'NET_SETTINGS', 'RECIPES', 'LOGS', 'Settings', 'check_settings', 'read_settings',
-           'write_settings', 'make_learner', 'body_lr', 'weight_decay', 'train', 'versions', 'log_callback', 'spread',
+           'write_settings', 'body_lr', 'weight_decay', 'make_learner', 'train', 'versions', 'log_callback', 'spread',
            'regions_figure', 'write_run', 'write_examples']
 
 # %% ../nbs/72_run.ipynb #72_run003
@@ -127,6 +127,7 @@ def check_settings(
         raise ValueError("unknown setting " + ", ".join(name + (f" (did you mean {near[name][0]}?)" if near[name] else "") for name in unknown))
     return {name: value if name in extra else _checked(name, value, known[name]) for name, value in values.items()}
 
+# %% ../nbs/72_run.ipynb #72_run006b4
 def read_settings(
     file: str | Path,  # YAML, setting: value
     extra=(),          # other names to let pass
@@ -139,10 +140,22 @@ def read_settings(
     try: return check_settings(values, extra)
     except ValueError as error: raise ValueError(f"{file}: {error}") from None
 
+# %% ../nbs/72_run.ipynb #72_run006e
 def write_settings(settings: dict, out: str | Path) -> Path:
     "Write settings.yaml into `out`; `read_settings` reads it."
     Path(out).mkdir(parents=True, exist_ok=True)
     return _put(Path(out) / "settings.yaml", lambda p: p.write_text(yaml.safe_dump(settings, sort_keys=False)))
+
+# %% ../nbs/72_run.ipynb #72_run006h
+def body_lr(settings: Settings) -> float:
+    "The body's learning rate, as a share of the heads'."
+    if settings.body_lr is not None: return settings.body_lr
+    return 0.1 if settings.weights or settings.pretrained else 1.
+
+def weight_decay(settings: Settings) -> float:
+    "Weight decay that training uses."
+    if settings.wd is not None: return settings.wd
+    return 5e-4 if settings.recipe == "paper" else 0.01
 
 # %% ../nbs/72_run.ipynb #72_run007
 def make_learner(settings: Settings) -> FocusLearner:
@@ -183,16 +196,7 @@ def make_learner(settings: Settings) -> FocusLearner:
     learn.unfreeze()
     return speed_up(learn, s.channels_last, s.amp, s.compile_body, s.checkpointing, s.accumulate)
 
-def body_lr(settings: Settings) -> float:
-    "The body's learning rate, as a share of the heads'."
-    if settings.body_lr is not None: return settings.body_lr
-    return 0.1 if settings.weights or settings.pretrained else 1.
-
-def weight_decay(settings: Settings) -> float:
-    "Weight decay that training uses."
-    if settings.wd is not None: return settings.wd
-    return 5e-4 if settings.recipe == "paper" else 0.01
-
+# %% ../nbs/72_run.ipynb #72_run007a3
 def _sharing(learn: FocusLearner):
     "The context of several processes, where torchrun or accelerate has started them."
     if num_distrib() < 2: return nullcontext()
@@ -200,6 +204,7 @@ def _sharing(learn: FocusLearner):
     except ImportError as error: raise ValueError(f"training in several processes needs a package that is not installed ({error}): pip install accelerate") from None
     return sharing(learn)
 
+# %% ../nbs/72_run.ipynb #72_run007a6
 def _fit(learn: FocusLearner, s: Settings, cbs: list) -> None:
     "Train by the recipe of the settings."
     if s.recipe == "paper": learn.fit_paper(s.epochs, s.lr, body_lr(s), weight_decay(s), cbs=cbs)
@@ -281,6 +286,7 @@ def spread(classes: list[int], k: int) -> list[int]:
 
 def _classes(dataset) -> list[int]: return [int(label) for label in dataset.tls[1]]
 
+# %% ../nbs/72_run.ipynb #72_run012c
 def regions_figure(learn: FocusLearner, k: int = 12):
     "`k` validation pictures, spread over the classes, with regions and attention, titled by prediction. None for the plain backbone."
     if not hasattr(learn.model, "focus"): return None
@@ -293,6 +299,7 @@ def regions_figure(learn: FocusLearner, k: int = 12):
     titles = [short(g) if g == t else f"{short(g)}\n(is {short(t)})" for g, t in zip(guess, truth)]
     return plot_focus(to_pixels(dl, x), focus, titles, ["green" if g == t else "red" for g, t in zip(guess, truth)])
 
+# %% ../nbs/72_run.ipynb #72_run012f
 def write_run(learn: FocusLearner, table: pd.DataFrame, summary: dict, out: str | Path) -> Path:
     "Write settings.yaml, metrics.csv, curves.png, regions.png and, last, summary.json into `out`."
     out = Path(out)

@@ -90,8 +90,8 @@ class CompileBody(Callback):
     def _use(self, compiled): bare(self.model).body._compiled_call_impl = compiled
     def before_train(self): self._use(self.compiled)
     def before_validate(self): self._use(None)
-    def after_fit(self): self._use(None)
-    def after_cancel_fit(self): self._use(None)
+    def let_go(self): self._use(None)         # a FocusLearner calls it also where the fit is broken off
+    def after_fit(self): self.let_go()
 
 # %% ../nbs/71_speed.ipynb #71_speed014
 def body_segments(body: nn.Module) -> list[list[nn.Module]]:
@@ -106,6 +106,7 @@ def body_segments(body: nn.Module) -> list[list[nn.Module]]:
         open_run = not block and "Pool" not in type(unit).__name__
     return segments
 
+# %% ../nbs/71_speed.ipynb #71_speed015c
 @contextmanager
 def _again(norms: list, first: list):
     "Batch norms in the modes and with the running statistics of the first pass (`_state` of each), which stay at rest."
@@ -117,6 +118,7 @@ def _again(norms: list, first: list):
 
 def _state(norm: nn.Module) -> tuple: return norm.training, norm.running_mean, norm.running_var
 
+# %% ../nbs/71_speed.ipynb #71_speed015e
 class _checkpointed:
     "A forward pass that keeps the borders of `segments` only."
     def __init__(self, segments: list): self.segments = segments
@@ -132,13 +134,14 @@ def _run(layers: list, x: Tensor) -> Tensor:
     for layer in layers: x = layer(x)
     return x
 
+# %% ../nbs/71_speed.ipynb #71_speed015g
 class CheckpointBody(Callback):
     "Keeps only the borders of the body's blocks for the backward pass; same numbers, more time, less memory."
     def before_fit(self):
         body = bare(self.model).body
         body.forward = _checkpointed(body_segments(body))
-    def after_fit(self): bare(self.model).body.__dict__.pop("forward", None)
-    def after_cancel_fit(self): self.after_fit()
+    def let_go(self): bare(self.model).body.__dict__.pop("forward", None)     # a FocusLearner calls it also where the fit is broken off
+    def after_fit(self): self.let_go()
 
 # %% ../nbs/71_speed.ipynb #71_speed019
 class _Fused(Optimizer):
@@ -156,6 +159,7 @@ class _Fused(Optimizer):
         if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure")
         for kind in self._kinds(): self._update(*kind)
 
+# %% ../nbs/71_speed.ipynb #71_speed019c
 class FusedAdam(_Fused):
     "fastai's `Adam` (decoupled weight decay) as one call."
     def __init__(self, params, lr: float, mom: float = .9, sqr_mom: float = .99, eps: float = 1e-5, wd: float = .01):
@@ -168,6 +172,7 @@ class FusedAdam(_Fused):
         adamw(params, grads, part("grad_avg"), part("sqr_avg"), [], part("step"), fused=True, amsgrad=False, maximize=False,
               beta1=hyper["mom"], beta2=hyper["sqr_mom"], lr=hyper["lr"], weight_decay=hyper["wd"], eps=hyper["eps"])
 
+# %% ../nbs/71_speed.ipynb #71_speed019e
 class FusedSGD(_Fused):
     "fastai's `SGD` as one call; `decouple_wd=False` adds the decay to the gradient (PyTorch's, and the paper's, form)."
     def __init__(self, params, lr: float, mom: float = 0., wd: float = 0., decouple_wd: bool = True):

@@ -11,6 +11,7 @@ import functools
 from dataclasses import dataclass, field
 
 import numpy as np
+from fastcore.basics import patch
 from PIL import Image, ImageDraw
 from torch.utils.data import Dataset
 
@@ -45,6 +46,7 @@ def _turn(points, centre, angle):
     c, s = np.cos(angle), np.sin(angle)
     return (np.asarray(points, float) - centre) @ np.array([[c, s], [-s, c]]) + centre
 
+# %% ../nbs/00_toy.ipynb #00_toy009d
 def _shapes(head_turn, wing_turn, tail_turn, mark):
     "Name -> polygon of every part, and site -> polygons of its mark. `mark` scales the marks."
     head = lambda p: _turn(p, (.22, -.12), head_turn)
@@ -74,7 +76,7 @@ def _shapes(head_turn, wing_turn, tail_turn, mark):
 class ToyTruth:
     "What is known about one drawing. All places are pixels of the picture."
     label: int                 # class index
-    box: np.ndarray            # (4,) xyxy of the whole bird
+    box: np.ndarray            # (4,) xyxy of the bird, its legs aside
     parts: np.ndarray          # (6,3) centre x, centre y, radius of each site in `SITES`
     marked: np.ndarray         # (6,) bool: is the mark of the site drawn
 
@@ -173,25 +175,31 @@ class ToyBirds(Dataset):
 
     def __len__(self): return self.images_per_class * self.n_classes
 
-    def label(self, i: int) -> int:
-        "Class index of picture `i`, without drawing it."
-        return i % self.n_classes
-
-    def draw(self, i: int) -> tuple[Image.Image, ToyTruth]:
-        "Picture `i` and its truth. Raises IndexError outside the set."
-        if not 0 <= i < len(self): raise IndexError(f"bird {i} of {len(self)}")
-        if i in self._kept: return self._kept[i]
-        rng = np.random.default_rng([self.seed, SPLITS.index(self.split), i])
-        drawn = draw_bird(rng, self.marks[self.label(i)], self.image_size, self.mark_size, self.clutter, self.label(i))
-        if self.cache: self._kept[i] = drawn
-        return drawn
-
-    def truth(self, i: int) -> ToyTruth:
-        "The truth about picture `i`: box, parts, marks."
-        return self.draw(i)[1]
-
     def __getitem__(self, i): return self.draw(i)[0], self.label(i)
     def __getstate__(self): return {**self.__dict__, "_kept": {}}     # a pickle holds the recipe, not the pictures
+
+# %% ../nbs/00_toy.ipynb #00_toy018d
+@patch
+def label(self: ToyBirds, i: int) -> int:
+    "Class index of picture `i`, without drawing it."
+    return i % self.n_classes
+
+# %% ../nbs/00_toy.ipynb #00_toy018g
+@patch
+def draw(self: ToyBirds, i: int) -> tuple[Image.Image, ToyTruth]:
+    "Picture `i` and its truth. Raises IndexError outside the set."
+    if not 0 <= i < len(self): raise IndexError(f"bird {i} of {len(self)}")
+    if i in self._kept: return self._kept[i]
+    rng = np.random.default_rng([self.seed, SPLITS.index(self.split), i])
+    drawn = draw_bird(rng, self.marks[self.label(i)], self.image_size, self.mark_size, self.clutter, self.label(i))
+    if self.cache: self._kept[i] = drawn
+    return drawn
+
+# %% ../nbs/00_toy.ipynb #00_toy019c
+@patch
+def truth(self: ToyBirds, i: int) -> ToyTruth:
+    "The truth about picture `i`: box, parts, marks."
+    return self.draw(i)[1]
 
 # %% ../nbs/00_toy.ipynb #00_toy023
 @dataclass(frozen=True, order=True)

@@ -535,6 +535,20 @@ def test_loose_pictures_are_named(folder):
     with pytest.warns(DataWarning, match="1 pictures in .* lie in no class folder and are left out: loose.jpg"): folder_table(folder)
 
 
+def test_what_lies_beside_the_halves_is_told(folder):
+    "A class folder or picture beside train/ and test/; the test half itself is left for later, without a word."
+    place = folder.parent / "halves"
+    for half in ("train", "valid", "Test"): shutil.copytree(folder, place / half)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        alone = folder_table(place)
+    shutil.copytree(folder / "a", place / "c")
+    photograph(50).save(place / "loose.jpg")
+    n = len(list((folder / "a").iterdir())) + 1
+    with pytest.warns(DataWarning, match=f"^{n} pictures in .*halves lie beside its halves Test, train, valid and are left out: c/00.jpg"): beside = folder_table(place)
+    assert beside.equals(alone)
+
+
 def test_classes_at_fault_are_named(folder):
     (folder / "empty").mkdir()
     with pytest.raises(ValueError, match="class folders without pictures: empty"): loaders(folder)

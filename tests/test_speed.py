@@ -4,11 +4,11 @@ import warnings
 
 import pytest
 import torch
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelFitException
 
 from fd_focus.attention import attention_map
 from fd_focus.data import FocusDataLoaders
-from fd_focus.learner import focus_learner
+from fd_focus.learner import ImageFirst, focus_learner
 from fd_focus.loss import FocusLoss
 from fd_focus.model import FocusNet, toy_resnet
 from fd_focus.regions import propose_from_table, region_grid, suppression_table
@@ -195,6 +195,28 @@ def test_options_find_the_body_of_a_wrapped_model(dls, tmp_path, monkeypatch, ma
         with quiet(learn): learn.fit(1, 1e-3)
         assert "forward" not in vars(body) and body._compiled_call_impl is None
     finally: torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("make", [CheckpointBody, lambda: CompileBody(backend="eager"), lambda: ImageFirst(2)], ids=["checkpointing", "compile", "warm-up"])
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError, CancelFitException])
+def test_a_fit_that_is_broken_off_leaves_the_network_as_it_was(dls, monkeypatch, make, stop):
+    "fastai calls no `after_fit` after Ctrl-C or an error."
+    import fd_focus.checkpoint                                   # which has its own loop over epochs
+    import fd_focus.speed as speed
+    monkeypatch.setattr(speed, "_need_compiler", lambda device: None)
+    seen = []
+    class Stop(Callback):
+        order = 90
+        def after_batch(self):
+            body = self.model.body
+            seen.append("forward" in vars(body) or body._compiled_call_impl is not None or self.model.first_look_only)
+            raise stop("enough")
+    learn = focus_learner(dls, "toy_resnet", pretrained=False)
+    with contextlib.suppress(KeyboardInterrupt, OSError), quiet(learn): learn.fit(1, 1e-3, cbs=[make(), Stop()])
+    assert seen == [True]                                        # in mid-fit it was another
+    assert "forward" not in vars(learn.model.body) and learn.model.body._compiled_call_impl is None and not learn.model.first_look_only
+    with quiet(learn): learn.fit(1, 1e-3)
+    assert len(learn.recorder.values) == 1
 
 
 def test_compile_asks_for_a_compiler_before_training(dls, monkeypatch):
