@@ -149,6 +149,35 @@ def _say_first(settings, out: Path) -> None:
     if not (settings.pretrained or settings.weights or settings.arch == "toy_resnet"):
         print(f"{settings.arch} starts from random weights; --pretrained would start from ImageNet's, --weights from a file's")
 
+# %% ../nbs/95_cli.ipynb #95_cli008k
+def _leave(learn, table, summary: dict, settings, out: Path, examples: int) -> bool:
+    "Calibrate, and write what a run leaves behind: the model with its card and examples, tables, figures, the summary. Tells whether it is calibrated."
+    from fastai.torch_core import num_distrib
+    from fd_focus.export import save_focus, write_card
+    from fd_focus.interpret import calibrate
+    from fd_focus.run import write_examples, write_run
+    sure = {}
+    if num_distrib() > 1: print("not calibrated: each of several processes sees a share of the validation pictures; the model has no temperature and no threshold")
+    else:
+        with learn.no_bar(): calibration = calibrate(learn)
+        sure = dict(temperature=calibration.temperature, threshold=calibration.threshold)
+    save_focus(learn, out / "model", settings.arch, settings.cut, dict(accuracy=summary["accuracy"]), settings=summary["settings"], **sure)
+    if not learn.dls.write_skipped(out): (out / "skipped.csv").unlink(missing_ok=True)      # an earlier run's
+    write_examples(learn, out / "model", examples)
+    write_run(learn, table, summary, out)
+    if not settings.plain: write_card(out / "model", out / "regions.png")
+    return bool(sure)
+
+def _say_last(settings, summary: dict, out: Path, calibrated: bool) -> None:
+    "Print how good it is, and what flatters that figure."
+    from fd_focus.export import judges
+    name, kept = "plain backbone" if settings.plain else "fd_focus", summary["weights_of_epoch"]
+    print(f"{name}: {100 * summary['accuracy']:.1f} % of {summary['valid_images']} {judges(summary)} pictures right, "
+          f"{summary['seconds']:.0f} s, {summary['images_per_second']:.0f} images/s; report in {out}")
+    if calibrated and judges(summary) == "test": print("the model's temperature and threshold were fitted on these test pictures: how well calibrated it is, others must tell")
+    if settings.keep_best: print(f"weights of epoch {kept} of {summary['epochs_trained']}, chosen on these pictures: their accuracy flatters")
+    elif settings.early_stop and kept < settings.epochs: print(f"stopped early, after epoch {kept} of {settings.epochs}; weights of the last epoch")
+
 # %% ../nbs/95_cli.ipynb #95_cli008d
 def _train(values: dict, given: set):
     import warnings
@@ -157,10 +186,7 @@ def _train(values: dict, given: set):
     import matplotlib
     matplotlib.use("agg")
     import shlex
-    from fastai.torch_core import num_distrib
-    from fd_focus.export import judges, save_focus, write_card
-    from fd_focus.interpret import calibrate
-    from fd_focus.run import Settings, train, write_examples, write_run
+    from fd_focus.run import Settings, train
     from fd_focus.speed import keep_memory
     keep_memory()                # a fifth of a CPU's time went into clearing new pages
     if values["examples"] < 0: raise ValueError(f"examples={values['examples']}; use a number of pictures, or 0 for none")
@@ -177,16 +203,7 @@ def _train(values: dict, given: set):
         if first and not resume: _say_first(settings, out)
         learn, table, summary = train(settings, out=out, resume=resume)
         if not first: return
-        sure = {}
-        if num_distrib() > 1: print("not calibrated: each of several processes sees a share of the validation pictures; the model has no temperature and no threshold")
-        else:
-            with learn.no_bar(): calibration = calibrate(learn)
-            sure = dict(temperature=calibration.temperature, threshold=calibration.threshold)
-        save_focus(learn, out / "model", settings.arch, settings.cut, dict(accuracy=summary["accuracy"]), settings=summary["settings"], **sure)
-        if not learn.dls.write_skipped(out): (out / "skipped.csv").unlink(missing_ok=True)      # an earlier run's
-        write_examples(learn, out / "model", values["examples"])
-        write_run(learn, table, summary, out)
-        if not settings.plain: write_card(out / "model", out / "regions.png")
+        calibrated = _leave(learn, table, summary, settings, out, values["examples"])
     except KeyboardInterrupt as stop:
         if first: print(f"\nfd_focus: {stop or 'stopped at once'}. Go on with\n  {again}", file=sys.stderr)
         sys.exit(130)
@@ -194,12 +211,7 @@ def _train(values: dict, given: set):
         if not (error.filename and Path(error.filename).is_relative_to(out) and (out / "checkpoint.pt").is_file()): raise
         sys.exit(f"fd_focus: {error.strerror}: {error.filename}. The checkpoint of the last whole epoch is kept; when there is room, go on with\n  {again}")
     (out / "checkpoint.pt").unlink()             # all it was for is in model/ now
-    name, kept = "plain backbone" if settings.plain else "fd_focus", summary["weights_of_epoch"]
-    print(f"{name}: {100 * summary['accuracy']:.1f} % of {summary['valid_images']} {judges(summary)} pictures right, "
-          f"{summary['seconds']:.0f} s, {summary['images_per_second']:.0f} images/s; report in {out}")
-    if sure and judges(summary) == "test": print("the model's temperature and threshold were fitted on these test pictures: how well calibrated it is, others must tell")
-    if settings.keep_best: print(f"weights of epoch {kept} of {summary['epochs_trained']}, chosen on these pictures: their accuracy flatters")
-    elif settings.early_stop and kept < settings.epochs: print(f"stopped early, after epoch {kept} of {settings.epochs}; weights of the last epoch")
+    _say_last(settings, summary, out, calibrated)
 
 # %% ../nbs/95_cli.ipynb #95_cli012
 @call_parse
