@@ -186,6 +186,7 @@ def _train(values: dict, given: set):
     import matplotlib
     matplotlib.use("agg")
     import shlex
+    from fd_focus.data import check_apart
     from fd_focus.run import Settings, train
     from fd_focus.speed import keep_memory
     keep_memory()                # a fifth of a CPU's time went into clearing new pages
@@ -197,6 +198,7 @@ def _train(values: dict, given: set):
     again = ("torchrun … " if "RANK" in os.environ else "") + f"fd_focus_train --resume --out {shlex.quote(str(out))}"
     if not resume and (done := _unfinished(out)):
         raise ValueError(f"{out} holds an unfinished run ({done} done): go on with {again}, give another --out, or delete {out / 'checkpoint.pt'}")
+    if settings["data"] != "toy": check_apart(out, settings["data"], "--out")
     out.mkdir(parents=True, exist_ok=True)       # a folder that cannot be written is known before training, not after
     settings = Settings(**settings)
     try:
@@ -222,14 +224,16 @@ def fd_focus_compare(
     _explain(lambda: print(compare_runs(folders)))
 
 def compare_runs(folders) -> str:
-    "A table of runs: accuracy, seconds, images/s. FileNotFoundError where a folder holds no summary.json."
+    "A table of runs: accuracy, seconds, images/s. FileNotFoundError where a folder holds no summary.json, ValueError where it is of something else."
     import json
     lines = [f"{'run':32s} {'accuracy':>9s} {'seconds':>8s} {'images/s':>9s}"]
     for folder in map(Path, folders):
         file = folder / "summary.json"
         if not file.is_file(): raise FileNotFoundError(f"no summary.json in {folder}: did the run finish?")
-        s = json.loads(file.read_text())
-        lines.append(f"{str(folder):32s} {100 * s['accuracy']:7.1f} % {s['seconds']:8.0f} {s['images_per_second']:9.1f}")
+        try:
+            s = json.loads(file.read_text())
+            lines.append(f"{str(folder):32s} {100 * s['accuracy']:7.1f} % {s['seconds']:8.0f} {s['images_per_second']:9.1f}")
+        except (KeyError, TypeError, ValueError): raise ValueError(f"{file} is no summary of a run of fd_focus_train") from None
     return "\n".join(lines)
 
 # %% ../nbs/95_cli.ipynb #95_cli013f
@@ -293,6 +297,17 @@ def _any_name(stream):
     if hasattr(stream, "reconfigure"): stream.reconfigure(errors="surrogateescape")
     return stream
 
+# %% ../nbs/95_cli.ipynb #95_cli101l
+def _keep_inputs(out: Path, inputs: list, stdin: bool = False) -> None:
+    "ValueError where `out` is something that is to be read, or is no file that rows could go to."
+    from fd_focus.data import EXTENSIONS
+    if out.suffix.lower() in EXTENSIONS: raise ValueError(f"--out {out} ends like a picture, but rows are text: call it .csv or .jsonl")
+    if out.is_dir(): raise ValueError(f"--out {out} is a folder; give a file in it")
+    if not out.exists(): return
+    try: listed = stdin and os.path.samestat(out.stat(), os.fstat(sys.stdin.fileno()))
+    except (OSError, ValueError, AttributeError): listed = False        # a stream that is no file
+    if listed or any(os.path.exists(path) and out.samefile(path) for path in inputs): raise ValueError(f"--out {out} would overwrite what is to be read; give another file")
+
 # %% ../nbs/95_cli.ipynb #95_cli102
 def _predict(args: dict) -> tuple[int, int]:
     "Pictures predicted, and how many of them failed."
@@ -304,6 +319,7 @@ def _predict(args: dict) -> tuple[int, int]:
         raise ValueError("several processes cannot share a list on the standard input: give files, folders or patterns")
     out, regions = (args[name] and Path(args[name]) for name in ("out", "regions"))
     kind = args["format"] or ("jsonl" if out and out.suffix in (".jsonl", ".json", ".ndjson") else "csv")
+    if out: _keep_inputs(out, args["paths"], "-" in args["paths"])
     if out and world > 1: out = out.with_name(f"{out.stem}.rank{rank}{out.suffix}")
     from fd_focus.predict import FocusClassifier, Rows, _check_batches, _check_kind, find_pictures, predict_files
     from fd_focus.speed import keep_memory
@@ -350,12 +366,13 @@ def _evaluate(model, folder, split, out, bs, workers, device):
     from fd_focus.predict import FocusClassifier
     from fd_focus.speed import keep_memory
     keep_memory()
+    if out:
+        _keep_inputs(Path(out), [Path(folder) / "split.csv"])
+        Path(out).parent.mkdir(parents=True, exist_ok=True)      # what cannot be made is known before the work, not after
     classifier = FocusClassifier.load(model, device)
     found = evaluate(classifier, labelled_pictures(folder, classifier.classes, split), bs, workers)
-    if out:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        found.rows.to_csv(out, index=False)
-    print(found)
+    print(found, file=_any_name(sys.stdout))
+    if out: found.rows.to_csv(out, index=False, errors="surrogateescape")
 
 # %% ../nbs/95_cli.ipynb #95_cli111
 @call_parse

@@ -176,6 +176,7 @@ def run_experiment(
 ) -> pd.DataFrame:                        # all rows of the file
     "Run what the CSV does not hold yet. Killed and started again, it goes on after the last finished run."
     runs, csv = plan if isinstance(plan, list) else load_plan(plan), Path(csv)
+    if not csv.suffix: raise ValueError(f"{csv} is to be a file, with predictions in a folder of the same name: call it {csv}.csv")
     rows = pd.read_csv(csv, **ROW).to_dict("records") if csv.is_file() else []
     done = {(r["data"], r["variant"], r["seed"]): r for r in rows if r["status"] == "ok"}
     csv.parent.mkdir(parents=True, exist_ok=True)

@@ -168,7 +168,7 @@ class LocalisationMetric(Metric):
     @property
     def name(self): return self.label + (f"_{self.k}" if self.k is not None else "") + ("_chance" if self.chance else "")
     @property
-    def value(self): return self.total / self.count if self.count else None
+    def value(self): return self.total / self.count if self.count else float("nan")
 
 # %% ../nbs/80_interpret.ipynb #80_interpret022d
 class PointingGame(LocalisationMetric):
@@ -242,7 +242,7 @@ def plot_confused(
     """The confusion matrix of the classes that are most often confused, and beside it for each pair pictures that were taken for the wrong class, and
     pictures of that class that were recognised. Returns the figure; ValueError where nothing is confused."""
     logits, targets = predictions(learn)
-    vocab, guesses, items = list(learn.dls.vocab), logits.argmax(1), list(learn.dls.valid_ds.items)
+    vocab, guesses, items = list(map(str, learn.dls.vocab)), logits.argmax(1), list(learn.dls.valid_ds.items)
     worst = confused_pairs(logits, targets, vocab, pairs)
     if worst.empty: raise ValueError("no validation picture is taken for another class")
     short = lambda name: name if len(name) <= 22 else name[:10] + "…" + name[-11:]

@@ -87,7 +87,7 @@ class LossPart(Metric):
     def name(self): return f"train_{self.part}_loss"
     @property
     def value(self):
-        if not getattr(self.source, "counts", {}).get(self.part): return None    # not trained yet
+        if not getattr(self.source, "counts", {}).get(self.part): return math.nan    # not trained yet
         return float(self.source.sums[self.part]) / self.source.counts[self.part]
 
 # %% ../nbs/70_learner.ipynb #70_learner010
@@ -99,6 +99,7 @@ class KeepFocus(Callback):
     def before_validate(self): self._keep(not hasattr(self.learn, "lr_finder") and not hasattr(self, "gather_preds"))
     def after_validate(self): self._keep(False)
     def after_cancel_validate(self): self._keep(False)
+    def let_go(self): self._keep(False)
 
 class HeadAccuracy(Metric):
     "Accuracy of the image head, of the region head on single regions, or of the mean of all heads."
@@ -114,7 +115,7 @@ class HeadAccuracy(Metric):
     @property
     def name(self): return {"image": "image_accuracy", "regions": "region_accuracy", "ensemble": "ensemble_accuracy"}[self.head]
     @property
-    def value(self): return float(self.right) / self.total if self.total else None
+    def value(self): return float(self.right) / self.total if self.total else math.nan     # a gap: loggers and trackers want a number
 
 # %% ../nbs/70_learner.ipynb #70_learner012
 class StopOnNaN(Callback):
@@ -190,6 +191,7 @@ class FocusLearner(Learner):
         finally:       # an error or Ctrl-C skips every callback's `after_fit`
             if event_type == "fit":
                 for cb in self.cbs: getattr(cb, "let_go", noop)()
+                if isinstance(mix := getattr(self.loss_func, "__self__", None), MixHandler): self.loss_func = mix.old_lf
     def show_results(self, ds_idx=1, dl=None, max_n=6, shuffle=True, **kwargs):
         "Pictures with their top-4 regions and attention, titled 'true / predicted' (green where right)."
         if not hasattr(self.model, "focus"): return super().show_results(ds_idx, dl, max_n, shuffle, **kwargs)
@@ -259,6 +261,8 @@ def focus_learner(
         with torch.random.fork_rng(): image_size = getattr(dls, "image_size", None) or tuple(dls.one_batch()[0].shape[2:])
     cls, net_kwargs = (PlainNet if plain else FocusNet), dict(net_kwargs or {})
     if plain and net_kwargs: raise ValueError(f"the plain backbone takes no {', '.join(net_kwargs)}")
+    if isinstance(arch, nn.Module) and (weights is not None or cut is not None): raise ValueError("weights and cut are for the name of an architecture; load or cut a body of your own before")
+    if loss_func is not None and label_smoothing: raise ValueError(f"label_smoothing={label_smoothing} is for the default loss; give it to loss_func")
     if isinstance(arch, nn.Module): model, stats = cls(arch, n_classes, image_size=image_size, **net_kwargs), None
     else:
         model = cls.from_arch(arch, n_classes, pretrained=pretrained, weights=weights, cut=cut, image_size=image_size, **net_kwargs)
@@ -272,7 +276,7 @@ def focus_learner(
             own.append(LossParts())
             metrics = [HeadAccuracy("image")] + [HeadAccuracy("regions")] * (model.m > 0) + [HeadAccuracy("ensemble")] + [LossPart(part) for part in parts]
     learn = FocusLearner(dls, model, loss_func=loss_func or FocusLoss(label_smoothing=label_smoothing), splitter=body_and_heads,
-                         metrics=[accuracy, *(metrics or [])], cbs=own + list(cbs or []), **kwargs)
+                         metrics=[accuracy, *L(metrics)], cbs=own + list(L(cbs)), **kwargs)
     if isinstance(arch, nn.Module): return learn      # whether it has been trained is not known
     if weights is not None or (pretrained and not _own(arch)): learn.freeze()
     elif net_kwargs.get("crop_norm") == "running":
@@ -281,9 +285,11 @@ def focus_learner(
 
 # %% ../nbs/70_learner.ipynb #70_learner017
 def history(learn: Learner) -> pd.DataFrame:
-    "What the Recorder has seen: one row an epoch, columns epoch, train_loss, valid_loss and the metrics."
+    "What the Recorder has seen: one row an epoch, columns epoch, train_loss, valid_loss and the metrics. ValueError where a validation has made it forget the fit."
     names = [name for name in learn.recorder.metric_names if name not in ("epoch", "time")]
-    return pd.DataFrame([list(row) for row in learn.recorder.values], columns=names).rename_axis("epoch").reset_index()
+    rows = list(map(list, learn.recorder.values))
+    if any(len(row) != len(names) for row in rows): raise ValueError("fastai's Recorder starts anew with `validate`, `get_preds` and what uses them, and has forgotten the fit: take its history before")
+    return pd.DataFrame(rows, columns=names).rename_axis("epoch").reset_index()
 
 # %% ../nbs/70_learner.ipynb #70_learner022b
 class Steps:
@@ -344,6 +350,8 @@ class AverageWeights(Callback):
     def __init__(self, decay: float = 0.99): self.decay = decay   # share of the old average that a step keeps
     def _tensors(self): return [t for t in (*self.model.parameters(), *self.model.buffers()) if t.is_floating_point()]
     def before_fit(self):
+        self.run = not (hasattr(self.learn, "lr_finder") or hasattr(self.learn, "gather_preds"))     # fastai sets it back; a search for a rate must leave the weights alone
+        if not self.run: return
         if any(isinstance(cb, SaveModelCallback) for cb in self.learn.cbs):
             raise ValueError("SaveModelCallback would save the weights behind the moving average, which are not those that were judged: use KeepBest (fd_focus.checkpoint)")
         self.average, self.steps, self.waits, self.swapped = [t.detach().clone() for t in self._tensors()], 0, False, False

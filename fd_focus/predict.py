@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice, takewhile
+from itertools import count, islice, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from fastcore.basics import patch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from .data import EXTENSIONS, open_image
+from .data import EXTENSIONS, _size_upright, open_image
 from .export import FocusPipeline, fold_batch_norm, load_focus
 from .model import FocusNet, PlainNet
 from .plot import REGION_COLOURS
@@ -57,9 +57,7 @@ def _open_file(file, min_side: int | None) -> tuple[Image.Image, tuple[int, int]
     "A decoded file, perhaps at reduced scale, and its full (height, width)."
     image = open_image(file, min_side)
     if min_side is None: return image, (image.height, image.width)
-    with Image.open(file) as header:
-        width, height = header.size
-        return image, (width, height) if header.getexif().get(274, 1) >= 5 else (height, width)    # 274: orientation; from 5 on, turned by 90 degrees
+    with Image.open(file) as header: return image, _size_upright(header)[::-1]
 
 # %% ../nbs/92_predict.ipynb #92_predict011f
 def _rewound(stream):
@@ -278,14 +276,18 @@ def draw_prediction(
 
 # %% ../nbs/92_predict.ipynb #92_predict061
 def _folder(path: str, regions: Path | None) -> Iterator[str]:
-    "All pictures below a folder; the folder itself where there are none."
-    empty = True
-    for folder, folders, names in os.walk(path):
+    "All pictures below a folder, through links; the folder itself where there are none, and those that cannot be read: opening them fails, and says so."
+    empty, seen, closed = True, set(), []
+    for folder, folders, names in os.walk(path, followlinks=True, onerror=closed.append):
+        here = os.path.realpath(folder)
+        if here in seen: folders[:], names = [], []           # links may form a loop
+        seen.add(here)
         folders[:] = sorted(name for name in folders if not name.startswith(".") and (regions is None or Path(folder, name).resolve() != regions))
         for name in sorted(names):
             if os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith("."):
                 empty = False
                 yield os.path.join(folder, name)
+    yield from (error.filename for error in closed if error.filename != path)
     if empty: yield path
 
 # %% ../nbs/92_predict.ipynb #92_predict061c
@@ -378,6 +380,16 @@ def regions_file(
     if target.exists() and file.exists() and target.samefile(file): raise ValueError(f"regions in {folder} would overwrite {file}; choose another folder")
     return target
 
+# %% ../nbs/92_predict.ipynb #92_predict065g
+def _regions_folder(folder: Path) -> None:
+    "Make the folder for drawings, or know it by its mark. ValueError where other things lie in it that drawings could overwrite."
+    mark = folder / ".drawn_by_fd_focus"
+    if not mark.exists() and folder.is_dir():
+        other = sorted(entry for entry in folder.iterdir() if not entry.name.startswith(".") and (entry.is_dir() or entry.suffix.lower() in EXTENSIONS))
+        if other: raise ValueError(f"regions: {folder} holds what is no drawing of an earlier run, such as {other[0]}, and might be overwritten; give a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+
 # %% ../nbs/92_predict.ipynb #92_predict065d
 def predict_files(
     classifier: FocusClassifier,
@@ -389,13 +401,16 @@ def predict_files(
 ) -> tuple[int, int]:             # pictures, and how many of them failed
     """A row for every picture, and its picture with regions; flushed once a batch, so that an end at any time loses little. A picture that cannot be read, or
     not be drawn, says so in its row; OSError where rows or drawings cannot be written."""
-    done = failed = 0
+    if regions is not None: _regions_folder(regions)
+    done, failed, drawings = 0, 0, set()
     start = said = time.monotonic()
     live = progress is not None and progress.isatty()
     for file, found in classifier.stream(files, bs, workers):
         error = found if isinstance(found, Exception) else None
         if regions is not None and error is None:
-            target = regions_file(file, regions)
+            target = name = regions_file(file, regions)
+            if target in drawings: target = next(other for k in count(2) if (other := name.with_stem(f"{name.stem}.{k}")) not in drawings)      # a.bmp and a.bmp.png, x/a.jpg and /x/a.jpg
+            drawings.add(target)
             target.parent.mkdir(parents=True, exist_ok=True)
             try: drawn = draw_prediction(file, found, longest=1600)
             except Exception as why: error = ValueError(f"not drawn: {str(why) or repr(why)}")     # this picture's own affair, whatever it is ...

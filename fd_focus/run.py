@@ -224,7 +224,11 @@ def train(
     logger = log_callback(s, out) if s.log else None
     checkpoint = None if out is None else Checkpoint(out, resume, asdict(s))
     learn = make_learner(s)
-    if resume: checkpoint.check(learn, s.epochs)
+    if resume:
+        checkpoint.check(learn, s.epochs)
+        there = checkpoint.state["settings"]
+        if wrong := [f"{name}={value!r} (there: {there[name]!r})" for name, value in asdict(s).items() if name in there and there[name] != value]:
+            raise ValueError(f"{checkpoint.file} is of a run with other settings: {', '.join(wrong)}")
     elif out is not None and rank_distrib() == 0: write_settings(asdict(s), out)      # not before the data and the network are there
     keep = KeepBest() if s.keep_best else None
     stop = EarlyStoppingCallback(monitor="accuracy", patience=s.early_stop) if s.early_stop else None

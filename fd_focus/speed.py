@@ -87,6 +87,7 @@ class CompileBody(Callback):
         if self.of is not body:
             body.compile(**self.kwargs)
             self.compiled, self.of = body._compiled_call_impl, body
+    def __getstate__(self): return self.__dict__ | dict(compiled=None, of=None)      # compiled code is no part of an exported learner
     def _use(self, compiled): bare(self.model).body._compiled_call_impl = compiled
     def before_train(self): self._use(self.compiled)
     def before_validate(self): self._use(None)
@@ -135,11 +136,16 @@ def _run(layers: list, x: Tensor) -> Tensor:
     return x
 
 # %% ../nbs/71_speed.ipynb #71_speed015g
+class _Whole:
+    "A body that is one run: its own forward pass, which the callback is about to replace."
+    def __init__(self, body: nn.Module): self.modules, self.forward = body.modules, body.forward
+    def __call__(self, x: Tensor) -> Tensor: return self.forward(x)
+
 class CheckpointBody(Callback):
     "Keeps only the borders of the body's blocks for the backward pass; same numbers, more time, less memory."
     def before_fit(self):
         body = bare(self.model).body
-        body.forward = _checkpointed(body_segments(body))
+        body.forward = _checkpointed([[_Whole(body)] if run[0] is body else run for run in body_segments(body)])
     def let_go(self): bare(self.model).body.__dict__.pop("forward", None)     # a FocusLearner calls it also where the fit is broken off
     def after_fit(self): self.let_go()
 
@@ -177,14 +183,12 @@ class FusedSGD(_Fused):
     "fastai's `SGD` as one call; `decouple_wd=False` adds the decay to the gradient (PyTorch's, and the paper's, form)."
     def __init__(self, params, lr: float, mom: float = 0., wd: float = 0., decouple_wd: bool = True):
         super().__init__(params, cbs=[], lr=lr, mom=mom, wd=wd)
-        self.decouple_wd = decouple_wd
+        self.decouple_wd, self.heavy = decouple_wd, mom != 0       # without momentum a schedule of it has nothing to act on, as in fastai
     def _update(self, params, grads, states, hyper):
         if self.decouple_wd and hyper["wd"]: torch._foreach_mul_(params, 1 - hyper["lr"] * hyper["wd"])
-        averages = [state.get("grad_avg") for state in states]       # a first step has none: `sgd` makes it of the gradient
-        sgd(params, grads, averages, fused=True, momentum=hyper["mom"], lr=hyper["lr"], dampening=0., nesterov=False, maximize=False,
+        averages = [state.setdefault("grad_avg", torch.zeros_like(p)) if self.heavy else None for p, state in zip(params, states)]
+        sgd(params, grads, averages, fused=True, momentum=hyper["mom"] if self.heavy else 0., lr=hyper["lr"], dampening=0., nesterov=False, maximize=False,
             weight_decay=0. if self.decouple_wd else hyper["wd"])
-        for state, average in zip(states, averages):
-            if average is not None: state["grad_avg"] = average
 
 # %% ../nbs/71_speed.ipynb #71_speed023
 def keep_memory(
@@ -237,7 +241,7 @@ def speed_up(
     "Add the options' callbacks to a Learner; an earlier choice is replaced. ValueError for values that make no sense."
     if accumulate < 1 or accumulate != int(accumulate): raise ValueError(f"accumulate={accumulate}; use a whole number of batches, 1 or more")
     if compile_body and checkpointing: raise ValueError("compile_body and checkpointing exclude each other; choose one")
-    amp = resolve_amp(amp, next(learn.model.parameters()).device)
+    amp = resolve_amp(amp, getattr(learn.dls, "device", None) or next(learn.model.parameters()).device)      # fastai moves the network there when it trains
     for kind in (ChannelsLast, BFloat16, CompileBody, CheckpointBody, GradientAccumulation):
         for cb in list(learn.cbs):
             if isinstance(cb, kind): learn.remove_cb(cb)

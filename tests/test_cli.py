@@ -158,3 +158,10 @@ def test_weights_that_do_not_fit(folder, tmp_path):
     (tmp_path / "text.pth").write_text("no weights")
     assert "no state dict that can be read safely" in fails("--data", folder, *TINY, "--weights", tmp_path / "text.pth")
     assert "no weights file" in fails("--data", folder, *TINY, "--weights", tmp_path / "gone.pth")
+
+
+def test_a_run_among_its_own_class_folders_is_refused(folder, tmp_path, monkeypatch):
+    "`--data .` with the default --out would make runs/ a class of the next run."
+    monkeypatch.chdir(shutil.copytree(folder, tmp_path / "photos"))
+    with pytest.raises(SystemExit) as end: fd_focus_train(data=".", arch="toy_resnet", image_size=64, bs=4, epochs=1)
+    assert "lies among the class folders of" in end.value.code and not Path("runs").exists()

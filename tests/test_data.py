@@ -1,6 +1,7 @@
 "The official indexes of the benchmarks, pictures as they come, and what is wrong with a folder."
 import gzip
 import inspect
+import os
 import shutil
 import struct
 import warnings
@@ -15,7 +16,7 @@ from PIL import Image
 from scipy.io import loadmat, savemat
 from torchvision.io import ImageReadMode, decode_gif, decode_image, read_file
 
-from fd_focus.data import (DataWarning, FocusDataLoaders, ReducedPictures, aircraft_table, bad_images, cars_table, check_images, csv_table, cub_table, duplicate_images,
+from fd_focus.data import (DataWarning, FocusDataLoaders, ReducedPictures, aircraft_table, bad_images, cars_table, check_apart, check_images, csv_table, cub_table, duplicate_images,
                            folder_table, open_image)
 from fd_focus.run import Settings, make_learner
 
@@ -674,3 +675,70 @@ def test_images_as_items(tmp_path, kind):
     with Image.open(path) as still_a_file: lazy = dls.test_dl([still_a_file]).one_batch()[0]
     for same in (lazy, dls.test_dl([open_image(path)]).one_batch()[0], dls.test_dl([np.asarray(Image.open(path))]).one_batch()[0]):
         assert np.array_equal(same, dls.test_dl([item]).one_batch()[0])
+
+
+def test_an_odd_entry_beside_the_orientation_costs_nothing(tmp_path):
+    "ImageOps.exif_transpose writes all entries anew, and fails where one is of a type that it should not be."
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8))
+    for orientation in range(1, 9):
+        entries = struct.pack("<HHIHH", 0x112, 3, 1, orientation, 0) + struct.pack("<HHI4s", 0x128, 1, 1, b"\2\0\0\0")
+        image.save(tmp_path / "odd.png", exif=b"Exif\0\0II*\0\x08\0\0\0\x02\0" + entries + b"\0" * 4)
+        exif = Image.Exif()
+        exif[0x112] = orientation
+        image.save(tmp_path / "plain.png", exif=exif)
+        odd, plain = (open_image(tmp_path / name) for name in ("odd.png", "plain.png"))
+        assert (np.asarray(odd) == np.asarray(plain)).all()
+        assert (np.asarray(open_image(odd)) == np.asarray(odd)).all()             # and not turned again
+
+
+def test_a_turned_tiff_keeps_its_boxes(tmp_path):
+    "Size and truth of a TIFF that its EXIF turns are those of the same pixels as PNG."
+    exif = Image.Exif()
+    exif[0x112] = 6
+    rows = []
+    for i in range(8):
+        for kind in ("tif", "png"):
+            Image.fromarray(np.random.default_rng(i).integers(0, 255, (50, 150, 3), dtype=np.uint8)).save(tmp_path / f"{i}.{kind}", exif=exif)
+            rows.append(dict(file=f"{i}.{kind}", label="ab"[i % 2], split="train" if i < 4 else "valid", box=np.array([0, 0, 25, 75], np.float32)))
+    dls = FocusDataLoaders.from_table(pd.DataFrame(rows), tmp_path, image_size=32, bs=4, num_workers=0, on_duplicate="warn")
+    boxes = dls.truth(list(dls.valid_ds.items))["box"]
+    assert np.allclose(boxes, boxes[0])
+
+
+def test_links_are_followed_and_circles_end(folder):
+    away = folder.parent / "away"
+    shutil.copytree(folder / "a", away)
+    (folder / "a" / "more").symlink_to(away)
+    (folder / "a" / "circle").symlink_to(folder / "a")
+    assert (folder_table(folder).label == "a").sum() == 2 * len(list(away.iterdir()))
+
+
+def test_names_that_are_no_utf8(folder, tmp_path, monkeypatch):
+    "As an old archive leaves them: checked, remembered, loaded, and kept reduced."
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = next((folder / "a").iterdir())
+    odd = Path(os.fsdecode(os.fsencode(file.parent) + b"/caf\xe9.jpg"))
+    file.rename(odd)
+    for _ in range(2): dls = loaders(folder)                                     # the second time from what was remembered
+    assert len(dls.train.one_batch()[0]) and any(str(item).endswith(odd.name) for item in [*dls.train_ds.items, *dls.valid_ds.items])
+    photograph(50).resize((400, 300)).save(odd)
+    kept = ReducedPictures(tmp_path / "kept", 60)
+    assert kept(odd).size == kept(odd).size and len(list((tmp_path / "kept").glob("*.jpg"))) == 1
+
+
+def test_a_cache_that_is_deleted_in_between_is_made_anew(folder, tmp_path):
+    photograph(50).resize((400, 300)).save(tmp_path / "large.jpg")
+    kept = ReducedPictures(tmp_path / "kept", 60)
+    shutil.rmtree(tmp_path / "kept")
+    kept(tmp_path / "large.jpg")
+    assert len(list((tmp_path / "kept").glob("*.jpg"))) == 1
+
+
+def test_a_folder_to_be_written_is_no_class(folder):
+    for what in (folder / "runs" / "train", folder, folder / "kept"):
+        with pytest.raises(ValueError, match="lies among the class folders of .* and would be taken for one; give a folder elsewhere"): check_apart(what, folder, "--out")
+    check_apart(folder / ".kept", folder, "cache"); check_apart(folder.parent / "kept", folder, "cache")
+    with pytest.raises(ValueError, match="^cache .*kept lies among the class folders"): FocusDataLoaders.from_folder(folder, image_size=32, bs=4, num_workers=0, cache=folder / "kept")
+    halves = folder.parent / "halves"
+    for half in ("train", "test"): shutil.copytree(folder, halves / half)
+    check_apart(halves / "runs", halves, "--out")                                # train/ and test/ say what the classes are

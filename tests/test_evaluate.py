@@ -1,6 +1,8 @@
 "fd_focus_evaluate as a user types it."
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -81,3 +83,23 @@ def test_help_imports_nothing_heavy():
     run = subprocess.run([sys.executable, "-X", "importtime", "-c", "import sys; sys.argv = ['fd_focus_evaluate', '--help']; from fd_focus.cli import fd_focus_evaluate; fd_focus_evaluate()"],
                          capture_output=True, text=True)
     assert not {line.rsplit("|", 1)[-1].strip() for line in run.stderr.splitlines() if "|" in line} & {"torch", "fastai", "pandas"}
+
+
+def test_the_table_of_labels_is_not_overwritten(model, tmp_path):
+    folder, classes = model
+    for k, name in enumerate(classes): grey(tmp_path / f"{k}.png", 40 * k)
+    pd.DataFrame(dict(file=[f"{k}.png" for k in range(len(classes))], label=classes, split="test")).to_csv(tmp_path / "split.csv", index=False)
+    before = (tmp_path / "split.csv").read_bytes()
+    for out, message in (("split.csv", "would overwrite what is to be read"), ("0.png", "ends like a picture"), ("", "is a folder; give a file in it")):
+        with pytest.raises(SystemExit) as end: fd_focus_evaluate(model=str(folder), folder=str(tmp_path), out=str(tmp_path / out), device="cpu")
+        assert message in str(end.value.code)
+    assert (tmp_path / "split.csv").read_bytes() == before
+
+
+def test_names_that_are_no_utf8_get_their_rows(model, tmp_path):
+    folder, classes = model
+    grey(tmp_path / "photos" / classes[0] / os.fsdecode(b"caf\xe9.png"), 90)
+    run = subprocess.run([Path(sys.executable).parent / "fd_focus_evaluate", str(folder), str(tmp_path / "photos"),
+                          "--out", str(tmp_path / "rows.csv"), "--device", "cpu"], capture_output=True)
+    assert run.returncode == 0, run.stderr
+    assert b"of 1 pictures right" in run.stdout and b"caf\xe9.png" in (tmp_path / "rows.csv").read_bytes()

@@ -2,6 +2,8 @@
 import io
 import json
 import os
+import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -20,7 +22,7 @@ from fd_focus.cli import fd_focus_predict
 from fd_focus.data import FocusDataLoaders
 from fd_focus.export import load_focus, save_focus
 from fd_focus.learner import focus_learner
-from fd_focus.predict import FocusClassifier, Prediction, Rows, draw_prediction, predict_files, prepare
+from fd_focus.predict import FocusClassifier, Prediction, Rows, draw_prediction, find_pictures, predict_files, prepare
 from fd_focus.toy import ToyBirds
 
 SIZES = ((90, 70), (64, 120), (77, 77))    # of the original pictures, width and height
@@ -499,7 +501,7 @@ def test_bad_arguments(model, birds, tmp_path, capsys, monkeypatch):
     assert "workers=0" in message(model, birds, workers=0)
     assert "rank=2 of world=2" in message(model, birds, rank=2, world=2)
     assert "device='gpu' cannot be used here; use 'cpu'" in message(model, birds, device="gpu")
-    assert "would overwrite" in message(model, birds, regions="/")
+    assert "might be overwritten; give a new folder" in message(model, birds, regions="/")
     (tmp_path / "file").write_text("")
     assert str(tmp_path / "file") in message(model, birds, out=str(tmp_path / "file" / "rows.csv"))
     assert "no pictures were given" in message(model, "-")
@@ -526,3 +528,64 @@ def test_ten_thousand_pictures_in_constant_memory(model, birds):
     assert run.returncode == 0, run.stderr
     first, last = map(int, run.stdout.split())
     assert last - first < 40, (first, last)                                  # MB
+
+
+def test_out_never_overwrites_what_is_to_be_read(model, birds, tmp_path):
+    "A picture, or the list on the standard input."
+    picture = shutil.copy(sorted(birds.rglob("*.jpg"))[0], tmp_path / "x.jpg")
+    listed, before = tmp_path / "list.txt", picture.read_bytes()
+    listed.write_text(f"{picture}\n")
+    run = lambda *words, **kwargs: subprocess.run([Path(sys.executable).parent / "fd_focus_predict", str(model), *map(str, words)],
+                                                 capture_output=True, text=True, **kwargs)
+    with open(listed) as stream: found = run("-", "--out", listed, stdin=stream)
+    assert found.returncode == 1 and f"--out {listed} would overwrite what is to be read" in found.stderr and listed.read_text() == f"{picture}\n"
+    with pytest.raises(SystemExit) as end: fd_focus_predict(str(model), [str(picture)], out=str(picture))
+    assert "ends like a picture" in end.value.code and picture.read_bytes() == before
+
+
+def test_regions_never_overwrite_other_pictures(model, birds, tmp_path, monkeypatch):
+    "Not those in the folder, and not each other: a.bmp and a.bmp.png both become a.bmp.png, x/a.jpg and /x/a.jpg both x/a.jpg."
+    monkeypatch.chdir(tmp_path)
+    first, second = (Image.open(file).convert("RGB") for file in sorted(birds.rglob("*.jpg"))[:2])
+    for name in ("mine", "x"): Path(name).mkdir()
+    first.save("mine/a.jpg"); first.save("a.bmp"); second.save("a.bmp.png")
+    classifier, before = FocusClassifier.load(model, "cpu"), Path("mine/a.jpg").read_bytes()
+    rows = lambda: Rows(io.StringIO(), "csv", 3, 4)
+    with pytest.raises(ValueError, match="mine holds what is no drawing of an earlier run, such as mine/a.jpg"): predict_files(classifier, ["a.bmp"], rows(), Path("mine"))
+    assert Path("mine/a.jpg").read_bytes() == before
+    for _ in range(2): assert predict_files(classifier, ["a.bmp", "a.bmp.png"], rows(), Path("seen")) == (2, 0)      # again: over its own drawings
+    assert sorted(file.name for file in Path("seen").glob("*.png")) == ["a.bmp.2.png", "a.bmp.png"]
+
+
+@pytest.mark.parametrize("kind,value", [(1, b"\6\0\0\0"), (2, b"6\0\0\0"), (7, b"\6\0\0\0"), (3, b"\x09\0\0\0")])
+def test_an_orientation_that_is_none_costs_nothing(model, tmp_path, kind, value):
+    "Of another type than the standard says, or beyond its eight: the picture is read as it lies, and so is its size."
+    entry = struct.pack("<HHI4s", 0x112, kind, 1, value)
+    Image.new("RGB", (120, 80)).save(tmp_path / "x.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0" + entry + b"\0" * 8)
+    assert FocusClassifier.load(model, "cpu").predict(tmp_path / "x.jpg").size == (80, 120)
+
+
+def test_a_turned_tiff_has_the_size_of_what_is_shown(model, birds, tmp_path):
+    "Pillow turns the size of a TIFF itself, but not that of other formats."
+    classifier, image, exif = FocusClassifier.load(model, "cpu"), Image.open(sorted(birds.rglob("*.jpg"))[0]).convert("RGB").resize((150, 60)), Image.Exif()
+    exif[0x0112] = 6
+    found = []
+    for name in ("x.tif", "x.png", "x.jpg"):
+        image.save(tmp_path / name, exif=exif)
+        found.append(classifier.predict(tmp_path / name))
+        assert found[-1].size == (150, 60)
+    assert torch.allclose(found[0].boxes, found[1].boxes)
+
+
+def test_pictures_behind_links_are_found_and_closed_folders_named(birds, tmp_path):
+    "A link to a folder, one in a circle, and a folder that cannot be read."
+    (tmp_path / "in").mkdir(); (tmp_path / "away").mkdir()
+    for place in ("in", "away"): shutil.copy(sorted(birds.rglob("*.jpg"))[0], tmp_path / place / "x.jpg")
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "away")
+    (tmp_path / "in" / "circle").symlink_to(tmp_path / "in")
+    found = list(find_pictures([str(tmp_path / "in")]))
+    assert found == [str(tmp_path / "in" / "x.jpg"), str(tmp_path / "in" / "linked" / "x.jpg")]
+    if os.geteuid() == 0: return           # whom no folder is closed to
+    (tmp_path / "away").chmod(0)
+    assert str(tmp_path / "in" / "linked") in list(find_pictures([str(tmp_path / "in")]))
+    (tmp_path / "away").chmod(0o755)
