@@ -285,15 +285,17 @@ def plot_results(
     table, rows = summarise(csv, rival), pd.read_csv(csv, **ROW)
     data = table.data.iloc[0] if data is None else data
     table, rows = table[table.data == data].reset_index(drop=True), rows[(rows.data == data) & (rows.status == "ok")]
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, .8 + .42 * len(table)), sharey=True, layout="constrained")
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 1.1 + .42 * len(table)), sharey=True, layout="constrained")
     for y, line in table.iterrows():
         points = _measured(Path(csv), data, line.variant, rows.seed[rows.variant == line.variant]).mean(1)
         left.plot(points, np.full(len(points), y), "o", color="C0", alpha=.5, ms=5)
         left.plot([line.accuracy], [y], "|", color="black", ms=18, mew=2)
         if "gain" in line and not math.isnan(line.gain):
             right.errorbar([line.gain], [y], xerr=[[max(0, line.gain - line.low)], [max(0, line.high - line.gain)]], fmt="s", color="C1", capsize=4)
-    left.set(yticks=range(len(table)), yticklabels=table.variant, xlabel="accuracy, %", title=f"{data}: seeds (points) and mean (bar)")
-    right.set(xlabel="points", title=f"gain over {rival}, 95 % interval"); right.axvline(0, color="grey", lw=1)
+    left.set(yticks=range(len(table)), yticklabels=table.variant, xlabel="accuracy, %")
+    left.set_title("each seed, and the mean (bar)", fontsize=10)
+    right.set(xlabel="points"); right.set_title(f"gain over {rival}, 95 % interval", fontsize=10); right.axvline(0, color="grey", lw=1)
     left.set_ylim(len(table) - .5, -.5)
     for ax in (left, right): ax.grid(alpha=.3)
+    fig.suptitle(data, fontsize=11)
     return fig
