@@ -341,6 +341,9 @@ def test_how_sure_is_said(classifier, folder):
 def test_a_large_photograph_is_explained(classifier, tmp_path, monkeypatch, size):
     "Of more pixels than PIL decodes: none of the drawings needs them all, and none differs."
     bird().resize(size, Image.Resampling.BICUBIC).save(tmp_path / "x.jpg")
+    # Fixed regions: the body is not trained, and which of two near ties it prefers depends on the CPU.
+    predict, boxes = FocusClassifier.predict, torch.tensor([[.45, .63, .75, .93], [.23, .63, .53, .93], [.05, .23, .35, .53], [.05, .45, .35, .75]]) * torch.tensor(size * 2)
+    monkeypatch.setattr(FocusClassifier, "predict", lambda *args, **kwargs: replace(predict(*args, **kwargs), boxes=boxes))
     whole, prediction = Image.open(tmp_path / "x.jpg").convert("RGB"), classifier.predict(tmp_path / "x.jpg")
     image, moved = fit(whole, prediction)
     want = [draw_prediction(image, moved), draw_heat(image, moved), *cut_zooms(whole, prediction)]
@@ -349,7 +352,7 @@ def test_a_large_photograph_is_explained(classifier, tmp_path, monkeypatch, size
     assert found.prediction.label in card and found.prediction.size == size[::-1]
     have = [found.regions, found.attention, *found.zooms]
     assert [picture.size for picture in have] == [picture.size for picture in want]
-    for ours, theirs in zip(have, want): assert np.abs(np.asarray(ours, float) - np.asarray(theirs)).mean() < 4      # of 255: made smaller in two ways; up to 2.3 was seen, a region moved by a tenth differs by 9 to 17 in the median
+    for ours, theirs in zip(have, want): assert np.abs(np.asarray(ours, float) - np.asarray(theirs)).mean() < 2      # of 255: two ways to make a picture smaller
 
 
 def test_fit_keeps_proportions(classifier):
