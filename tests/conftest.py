@@ -35,7 +35,7 @@ def processes(request):
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"      # tiny tensors: a second thread costs more than it gives
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fd_focus.run", "fd_focus.export", "fd_focus.distributed", request.module.__name__])
+    context.set_forkserver_preload(["fd_focus.training.run", "fd_focus.use.model_folder", "fd_focus.training.distributed", request.module.__name__])
     running = []
     def start(function, *args):
         running.append(context.Process(target=function, args=args))

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from fd_focus.export import FocusPipeline, export_model, fold_batch_norm, run_exported
+from fd_focus.use.model_folder import FocusPipeline, export_model, fold_batch_norm, run_exported
 from fd_focus.model import FocusNet, PlainNet
 
 BODIES = {"resnet50": 448, "mobilenet_v2": 224}

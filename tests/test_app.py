@@ -18,12 +18,12 @@ import pytest
 import torch
 from PIL import Image
 
-from fd_focus.app import about, attempt, build_app, cut_zooms, draw_heat, example_files, explain, fit, focus_widget
-from fd_focus.cli import fd_focus_app
-from fd_focus.data import FocusDataLoaders
-from fd_focus.export import load_focus, save_focus
-from fd_focus.learner import focus_learner
-from fd_focus.predict import FocusClassifier, draw_prediction
+from fd_focus.use.app import about, attempt, build_app, cut_zooms, draw_heat, example_files, explain, fit, focus_widget
+from fd_focus.use.cli import fd_focus_app
+from fd_focus.data.loaders import FocusDataLoaders
+from fd_focus.use.model_folder import load_focus, save_focus
+from fd_focus.training.learner import focus_learner
+from fd_focus.use.predict import FocusClassifier, draw_prediction
 from fd_focus.toy import ToyBirds
 
 CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
@@ -70,7 +70,7 @@ def page(folder, place):
     pytest.importorskip("gradio", reason="gradio is not installed: pip install 'fd_focus[app]'")
     script, port, log = place / "app.py", free_port(), place / "app.log"
     script.write_text("import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)    # a job in the background ignores Ctrl-C\n"
-                      "from fd_focus.cli import fd_focus_app\nfd_focus_app()\n")
+                      "from fd_focus.use.cli import fd_focus_app\nfd_focus_app()\n")
     environment = os.environ | dict(CUDA_VISIBLE_DEVICES="", GRADIO_TEMP_DIR=str(place / "uploads"))
     with open(log, "w") as out:
         process = subprocess.Popen([sys.executable, script, folder, "--port", str(port), "--max_mb", "1"], stdout=out, stderr=out, env=environment)

@@ -7,12 +7,12 @@ import sys
 import pytest
 import torch
 
-from fd_focus.bench import SECTIONS, Clock, bars, bench_growth, bench_step, floor_step, make_net, one_staged, stages, training_step
+from fd_focus.evidence.bench import SECTIONS, Clock, bars, bench_growth, bench_step, floor_step, make_net, one_staged, stages, training_step
 
 
 def run(*args, cwd):
     script = cwd / "fd_focus_bench.py"      # what the installed command is
-    script.write_text("from fd_focus.cli import fd_focus_bench\nfd_focus_bench()\n")
+    script.write_text("from fd_focus.use.cli import fd_focus_bench\nfd_focus_bench()\n")
     return subprocess.run([sys.executable, "-W", "ignore", str(script), *args], cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
@@ -63,7 +63,7 @@ def test_a_slow_stage_shows_where_it_is(slow, monkeypatch):
 
     import fd_focus.model as model
     from fd_focus.loss import FocusLoss
-    from fd_focus.speed import FusedAdam
+    from fd_focus.training.speed import FusedAdam
     place = dict(attention=(model, "attention_map"), propose=(model, "propose_from_table"), zoom=(model, "zoom"), loss=(FocusLoss, "forward"), optimiser=(FusedAdam, "step"))[slow]
     whole = getattr(*place)
     def waiting(*args, **kwargs):

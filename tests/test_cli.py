@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fd_focus.cli import fd_focus_train
-from fd_focus.export import load_focus
-from fd_focus.run import Settings, make_learner
+from fd_focus.use.cli import fd_focus_train
+from fd_focus.use.model_folder import load_focus
+from fd_focus.training.run import Settings, make_learner
 from fd_focus.toy import ToyBirds
 
 BIN = Path(sys.executable).parent
@@ -82,7 +82,7 @@ def test_says_which_pictures_judged(tmp_path, capsys, split, warned):
 
 def test_flags_of_another_program_are_not_read(tmp_path, monkeypatch):
     "A notebook's kernel has arguments too: `--f=...` would have begun `fusion`, and `--epochs=7` been a flag."
-    from fd_focus.cli import _given
+    from fd_focus.use.cli import _given
     values = {name: parameter.default for name, parameter in inspect.signature(fd_focus_train.__wrapped__).parameters.items()}
     words = ["--f=/run/kernel-1.json", "--epochs=7"]
     monkeypatch.setattr(sys, "argv", ["/lib/ipykernel_launcher.py", *words])

@@ -16,9 +16,9 @@ from PIL import Image
 from scipy.io import loadmat, savemat
 from torchvision.io import ImageReadMode, decode_gif, decode_image, read_file
 
-from fd_focus.data import (DataWarning, FocusDataLoaders, ReducedPictures, aircraft_table, bad_images, cars_table, check_apart, check_images, csv_table, cub_table, duplicate_images,
+from fd_focus.data.loaders import (DataWarning, FocusDataLoaders, ReducedPictures, aircraft_table, bad_images, cars_table, check_apart, check_images, csv_table, cub_table, duplicate_images,
                            folder_table, open_image)
-from fd_focus.run import Settings, make_learner
+from fd_focus.training.run import Settings, make_learner
 
 
 @pytest.fixture(autouse=True)
@@ -177,9 +177,9 @@ def test_aircraft_pictures(tmp_path):
 def test_downloads_are_asked_for_once(tmp_path, monkeypatch):
     "fastai's and torchvision's downloaders get the folder; nothing is fetched where the set is there, or without being asked."
     import torchvision
-    import fd_focus.data
+    import fd_focus.data.loaders
     calls = []
-    monkeypatch.setattr(fd_focus.data, "untar_data", lambda url, archive, data: calls.append((url, data)))
+    monkeypatch.setattr(fd_focus.data.loaders, "untar_data", lambda url, archive, data: calls.append((url, data)))
     monkeypatch.setattr(torchvision.datasets, "FGVCAircraft", lambda root, split, download: calls.append((root, download)))
     with pytest.raises(FileNotFoundError): FocusDataLoaders.from_cub(tmp_path)
     with pytest.raises(FileNotFoundError): FocusDataLoaders.from_aircraft(tmp_path)
@@ -474,17 +474,17 @@ def test_skipped_pictures_are_counted_and_written(folder, tmp_path):
 
 
 def test_check_goes_on_where_it_was_interrupted(folder, monkeypatch):
-    import fd_focus.data
+    import fd_focus.data.loaders
     files = sorted(folder.rglob("*.jpg"))
     seen = []
     def decode(file, *args):
         seen.append(file)
         if len(seen) == 10: raise KeyboardInterrupt
         return Image.open(file)
-    monkeypatch.setattr(fd_focus.data, "_decode", decode)
+    monkeypatch.setattr(fd_focus.data.loaders, "_decode", decode)
     with pytest.raises(KeyboardInterrupt): check_images(files)
     looked = []
-    monkeypatch.setattr(fd_focus.data, "_decode", lambda file, *args: looked.append(file) or Image.open(file))
+    monkeypatch.setattr(fd_focus.data.loaders, "_decode", lambda file, *args: looked.append(file) or Image.open(file))
     assert len(check_images(files)[1]) == 16 and 0 < len(looked) < 16
 
 
@@ -621,9 +621,9 @@ def test_kept_pictures_are_bounded_and_never_stale(tmp_path, monkeypatch):
     first = [np.asarray(kept(file)).astype(int) for file in files[:4]]
     assert len(list(keep.iterdir())) == 4 and first[0].shape == (60, 80, 3)
     opened = []
-    import fd_focus.data
-    decode = fd_focus.data._decode
-    monkeypatch.setattr(fd_focus.data, "_decode", lambda file, *args: opened.append(file) or decode(file, *args))
+    import fd_focus.data.loaders
+    decode = fd_focus.data.loaders._decode
+    monkeypatch.setattr(fd_focus.data.loaders, "_decode", lambda file, *args: opened.append(file) or decode(file, *args))
     assert all(np.abs(np.asarray(kept(file)) - pixels).mean() < 2 for file, pixels in zip(files, first)) and not set(opened) & set(files)
     photograph(99, (320, 240)).save(files[0], quality=94)                       # changed: decoded anew
     assert np.abs(np.asarray(kept(files[0])) - first[0]).mean() > 5
@@ -639,7 +639,7 @@ def test_kept_pictures_are_bounded_and_never_stale(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="cannot be read as a picture"): (tmp_path / "bad.jpg").write_text("x"); kept(tmp_path / "bad.jpg")
 
 
-@pytest.mark.filterwarnings("ignore::fd_focus.data.DataWarning")        # of a validation half that valid_pct leaves out
+@pytest.mark.filterwarnings("ignore::fd_focus.data.loaders.DataWarning")        # of a validation half that valid_pct leaves out
 def test_what_accuracy_is_judged_by(folder, tmp_path):
     "A test half is told from a validation half and from a share of the training pictures, so that nothing is chosen on it."
     by = lambda **kwargs: loaders(folder, **kwargs).judged_by

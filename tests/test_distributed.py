@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from fd_focus.checkpoint import read_checkpoint
-from fd_focus.cli import fd_focus_train
-from fd_focus.run import Settings, make_learner
+from fd_focus.training.checkpoint import read_checkpoint
+from fd_focus.use.cli import fd_focus_train
+from fd_focus.training.run import Settings, make_learner
 
 BIN = Path(sys.executable).parent
 NET = dict(arch="toy_resnet", image_size=48, bs=8)
@@ -38,7 +38,7 @@ def gratings(folder, train, valid, noise=80):
 
 def note_shares(folder):
     "Every process writes down which pictures it was dealt, pass by pass."
-    from fd_focus.distributed import SharedDL
+    from fd_focus.training.distributed import SharedDL
     deal = SharedDL.get_idxs
     def noted(self):
         dealt = deal(self)

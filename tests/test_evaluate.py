@@ -11,10 +11,10 @@ import torch
 from conftest import shaken
 from PIL import Image
 
-from fd_focus.cli import fd_focus_evaluate
-from fd_focus.data import DataWarning, FocusDataLoaders
-from fd_focus.export import save_focus
-from fd_focus.learner import focus_learner
+from fd_focus.use.cli import fd_focus_evaluate
+from fd_focus.data.loaders import DataWarning, FocusDataLoaders
+from fd_focus.use.model_folder import save_focus
+from fd_focus.training.learner import focus_learner
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_what_training_reads_is_judged(model, tmp_path, capsys):
 
 
 def test_help_imports_nothing_heavy():
-    run = subprocess.run([sys.executable, "-X", "importtime", "-c", "import sys; sys.argv = ['fd_focus_evaluate', '--help']; from fd_focus.cli import fd_focus_evaluate; fd_focus_evaluate()"],
+    run = subprocess.run([sys.executable, "-X", "importtime", "-c", "import sys; sys.argv = ['fd_focus_evaluate', '--help']; from fd_focus.use.cli import fd_focus_evaluate; fd_focus_evaluate()"],
                          capture_output=True, text=True)
     assert not {line.rsplit("|", 1)[-1].strip() for line in run.stderr.splitlines() if "|" in line} & {"torch", "fastai", "pandas"}
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fd_focus.experiment import load_plan, paired_difference, summarise
+from fd_focus.evidence.experiment import load_plan, paired_difference, summarise
 
 BIN = Path(sys.executable).parent
 PLAN = """

@@ -15,13 +15,13 @@ import torchvision
 from conftest import shaken
 from PIL import Image
 
-from fd_focus.cli import fd_focus_export
-from fd_focus.data import FocusDataLoaders
-from fd_focus.export import (FocusPipeline, _check_arch, check_parity, export_model, fold_batch_norm, judges, load_focus, push_to_hub, run_exported, save_focus, toy_images,
+from fd_focus.use.cli import fd_focus_export
+from fd_focus.data.loaders import FocusDataLoaders
+from fd_focus.use.model_folder import (FocusPipeline, _check_arch, check_parity, export_model, fold_batch_norm, judges, load_focus, push_to_hub, run_exported, save_focus, toy_images,
                              write_card)
-from fd_focus.learner import focus_learner
+from fd_focus.training.learner import focus_learner
 from fd_focus.model import FocusNet, PlainNet, create_body, toy_resnet
-from fd_focus.predict import FocusClassifier
+from fd_focus.use.predict import FocusClassifier
 
 
 @pytest.fixture(scope="module")
@@ -445,7 +445,7 @@ def test_what_cannot_be_exported(dls, tmp_path, monkeypatch):
     for name in ("onnx", "onnxscript"):
         with monkeypatch.context() as patched:
             patched.setitem(sys.modules, name, None)
-            with pytest.raises(ValueError, match="pip install 'fd_focus.export.'"): export_model(net, tmp_path / "model.onnx")
+            with pytest.raises(ValueError, match="pip install 'fd_focus.use.model_folder.'"): export_model(net, tmp_path / "model.onnx")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     (tmp_path / "model.onnx").write_bytes(b"")
     with pytest.raises(ValueError, match="running an ONNX file needs onnxruntime"): run_exported(tmp_path / "model.onnx")
@@ -484,8 +484,8 @@ def test_command_without_pictures(saved, tmp_path, monkeypatch):
 
 
 def test_command_keeps_no_graph_that_differs(saved, tmp_path, monkeypatch):
-    import fd_focus.export
-    monkeypatch.setattr(fd_focus.export, "run_exported", lambda file: (lambda image, run=run_exported(file): (out := run(image)) | dict(probabilities=out["probabilities"].roll(1, 1))))
+    import fd_focus.use.model_folder
+    monkeypatch.setattr(fd_focus.use.model_folder, "run_exported", lambda file: (lambda image, run=run_exported(file): (out := run(image)) | dict(probabilities=out["probabilities"].roll(1, 1))))
     with pytest.raises(SystemExit) as end: fd_focus_export(model=str(saved), out=str(tmp_path / "model.onnx"), n=4)
     assert "does not answer as PyTorch does: 4 pictures: 0 with the same class" in end.value.code and not list(tmp_path.iterdir())
 

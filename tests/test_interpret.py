@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from sklearn.calibration import calibration_curve
 from torchvision.ops import box_iou
 
-from fd_focus.data import FocusDataLoaders
-from fd_focus.interpret import (BoxRecall, ObjectCoverage, PartHitRate, PointingGame, box_recall, calibrate, confidence_threshold, confused_pairs,
+from fd_focus.data.loaders import FocusDataLoaders
+from fd_focus.evidence.localisation import (BoxRecall, ObjectCoverage, PartHitRate, PointingGame, box_recall, calibrate, confidence_threshold, confused_pairs,
                                 expected_calibration_error, fit_temperature, localisation, localisation_metrics, object_coverage, part_hit_rate,
                                 plot_confused, pointing_game, predictions, reliability, reliability_diagram)
-from fd_focus.learner import focus_learner
-from fd_focus.plot import plot_attention, plot_focus, plot_regions, plot_zooms
+from fd_focus.training.learner import focus_learner
+from fd_focus.look import plot_attention, plot_focus, plot_regions, plot_zooms
 
 
 @pytest.fixture(autouse=True)
@@ -197,9 +197,9 @@ def test_confusions(learn):
 
 
 def test_nothing_confused_is_said(learn, monkeypatch):
-    import fd_focus.interpret
+    import fd_focus.evidence.localisation
     targets = torch.arange(12) % 3
-    monkeypatch.setattr(fd_focus.interpret, "predictions", lambda learn: (torch.eye(3)[targets], targets))
+    monkeypatch.setattr(fd_focus.evidence.localisation, "predictions", lambda learn: (torch.eye(3)[targets], targets))
     with pytest.raises(ValueError, match="no validation picture is taken for another class"): plot_confused(learn)
 
 
@@ -251,10 +251,10 @@ def test_a_tie_is_no_error_to_judge_by():
 
 
 def test_calibrating_where_all_is_right(learn, monkeypatch):
-    import fd_focus.interpret
+    import fd_focus.evidence.localisation
     targets = torch.arange(60) % 3
     hesitant = torch.eye(3)[targets] * torch.linspace(.3, 2, 60)[:, None]
-    monkeypatch.setattr(fd_focus.interpret, "predictions", lambda learn: (hesitant, targets))
+    monkeypatch.setattr(fd_focus.evidence.localisation, "predictions", lambda learn: (hesitant, targets))
     found = calibrate(learn)
     lowest = hesitant.softmax(1).max(1).values.min()
     assert (found.temperature, found.sure_accuracy, found.sure_share) == (1, 1, 1) and math.isclose(found.threshold, lowest, abs_tol=1e-6) and found.ece == found.ece_calibrated
@@ -316,7 +316,7 @@ def test_calibrate_a_learner(learn, tmp_path):
     probabilities = (logits / found.temperature).softmax(1)
     sure = probabilities.max(1).values >= found.threshold
     assert math.isclose(sure.double().mean(), found.sure_share, abs_tol=1e-9)
-    from fd_focus.export import load_focus, save_focus
+    from fd_focus.use.model_folder import load_focus, save_focus
     save_focus(learn, tmp_path, "toy_resnet", temperature=found.temperature, threshold=found.threshold)      # the model folder takes them
     config = load_focus(tmp_path).config
     assert math.isclose(config["temperature"], found.temperature) and config["threshold"] == found.threshold

@@ -13,13 +13,13 @@ from fastai.learner import load_learner
 from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
 
-from fd_focus.checkpoint import KeepBest
-from fd_focus.data import FocusDataLoaders
-from fd_focus.learner import AverageWeights, ImageFirst, focus_learner, history
+from fd_focus.training.checkpoint import KeepBest
+from fd_focus.data.loaders import FocusDataLoaders
+from fd_focus.training.learner import AverageWeights, ImageFirst, focus_learner, history
 from fd_focus.loss import FocusLoss
 from fd_focus.model import toy_resnet
-from fd_focus.run import Settings, train
-from fd_focus.speed import BFloat16, CheckpointBody, CompileBody, FusedSGD, speed_up
+from fd_focus.training.run import Settings, train
+from fd_focus.training.speed import BFloat16, CheckpointBody, CompileBody, FusedSGD, speed_up
 
 SMALL = Settings(arch="toy_resnet", image_size=48, epochs=2, bs=8, n_classes=3, images_per_class=8, valid_per_class=3)
 
@@ -89,7 +89,7 @@ def test_figures_that_do_not_exist_yet_can_be_logged(tmp_path, settings):
 
 def test_resuming_with_other_settings_is_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr("fd_focus.run.stoppable", lambda learn: learn.added_cbs([Stop(training=False)]))
+        patched.setattr("fd_focus.training.run.stoppable", lambda learn: learn.added_cbs([Stop(training=False)]))
         with pytest.raises(KeyboardInterrupt): train(SMALL, bar=False, out=tmp_path)
     with pytest.raises(ValueError, match=r"checkpoint.pt is of a run with other settings: lr=0.01 \(there: 0.004\), sigma=2.0 \(there: 1.0\)"):
         train(replace(SMALL, lr=1e-2, sigma=2.), bar=False, out=tmp_path, resume=True)
@@ -136,7 +136,7 @@ def test_a_body_that_is_no_sequential_is_checkpointed_as_a_whole(dls):
 
 @pytest.mark.parametrize("make", [lambda: CompileBody(backend="eager"), CheckpointBody])
 def test_a_trained_learner_is_exported(dls, tmp_path, monkeypatch, make):
-    monkeypatch.setattr("fd_focus.speed._need_compiler", lambda device: None)
+    monkeypatch.setattr("fd_focus.training.speed._need_compiler", lambda device: None)
     learn = fit(focus_learner(dls, "toy_resnet", pretrained=False, cbs=[make()], path=tmp_path))
     learn.export("x.pkl")
     with contextlib.suppress(Warning): again = load_learner(tmp_path / "x.pkl")

@@ -21,7 +21,7 @@ def test_wheel_holds_every_module_and_imports_without_nbdev(tmp_path):
     assert any(name.endswith("entry_points.txt") for name in names)
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     script = ("import sys; sys.modules['nbdev'] = sys.modules['execnb'] = None\n"      # importing them would fail
-              "import fd_focus.all, fd_focus.cli; assert 'site' in fd_focus.all.__file__")
+              "import fd_focus.all, fd_focus.use.cli; assert 'site' in fd_focus.all.__file__")
     subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, cwd=tmp_path / "site")
 
 

@@ -18,11 +18,11 @@ from conftest import shaken
 from fastai.vision.augment import RandomCrop, Resize
 from PIL import Image, ImageOps
 
-from fd_focus.cli import fd_focus_predict
-from fd_focus.data import FocusDataLoaders
-from fd_focus.export import load_focus, save_focus
-from fd_focus.learner import focus_learner
-from fd_focus.predict import FocusClassifier, Prediction, Rows, draw_prediction, find_pictures, predict_files, prepare
+from fd_focus.use.cli import fd_focus_predict
+from fd_focus.data.loaders import FocusDataLoaders
+from fd_focus.use.model_folder import load_focus, save_focus
+from fd_focus.training.learner import focus_learner
+from fd_focus.use.predict import FocusClassifier, Prediction, Rows, draw_prediction, find_pictures, predict_files, prepare
 from fd_focus.toy import ToyBirds
 
 SIZES = ((90, 70), (64, 120), (77, 77))    # of the original pictures, width and height
@@ -304,7 +304,7 @@ def test_a_picture_that_cannot_be_drawn_keeps_its_answer(model, birds, tmp_path,
         def draw(file, *args, **kwargs):
             if file == files[number]: raise error
             return draw_prediction(file, *args, **kwargs)
-        monkeypatch.setattr("fd_focus.predict.draw_prediction", draw)
+        monkeypatch.setattr("fd_focus.use.predict.draw_prediction", draw)
         for kind in ("jsonl", "csv"):
             text, seen = io.StringIO(), tmp_path / f"{number}{kind}"
             assert predict_files(classifier, files, Rows(text, kind, 3, 4), regions=seen, bs=2) == (4, 1)
@@ -336,7 +336,7 @@ def starter(name, flags=()):
     script = Path(tempfile.gettempdir()) / f"start_{os.getpid()}" / name
     if not script.exists():
         script.parent.mkdir(exist_ok=True)
-        script.write_text(f"from fd_focus.cli import {name}\n{name}()\n")
+        script.write_text(f"from fd_focus.use.cli import {name}\n{name}()\n")
     return [sys.executable, *flags, script]
 
 
@@ -518,7 +518,7 @@ def test_reader_that_goes_away(model, birds):
 @pytest.mark.slow
 def test_ten_thousand_pictures_in_constant_memory(model, birds):
     "Peak memory after 10,000 pictures is that after 1,000, to a few MB, also with kept memory, as the command runs."
-    code = ("import resource, sys, io; from pathlib import Path; from fd_focus.predict import *; from fd_focus.speed import keep_memory; keep_memory(); c = FocusClassifier.load(sys.argv[1], 'cpu')\n"
+    code = ("import resource, sys, io; from pathlib import Path; from fd_focus.use.predict import *; from fd_focus.training.speed import keep_memory; keep_memory(); c = FocusClassifier.load(sys.argv[1], 'cpu')\n"
             "files = sorted(map(str, Path(sys.argv[2]).rglob('*.jpg'))); peak = {}\n"
             "class Sink(io.StringIO):\n    def write(self, text): pass\n"
             "for n in (1000, 10000):\n"

@@ -19,9 +19,9 @@ import yaml
 from fastai.callback.core import Callback
 from safetensors.torch import load_file
 
-from fd_focus.checkpoint import Checkpoint, read_checkpoint
-from fd_focus.cli import fd_focus_train
-from fd_focus.run import Settings, make_learner, train
+from fd_focus.training.checkpoint import Checkpoint, read_checkpoint
+from fd_focus.use.cli import fd_focus_train
+from fd_focus.training.run import Settings, make_learner, train
 from fd_focus.toy import ToyBirds
 
 BIN = Path(sys.executable).parent
@@ -40,7 +40,7 @@ def work(kwargs, log, tweak, argument):
 def slow_writing(epoch):
     "The checkpoint after `epoch` epochs is never finished: half of it, and then nothing for a long time."
     import io
-    import fd_focus.checkpoint as module
+    import fd_focus.training.checkpoint as module
     save = module.torch.save
     def half(state, stream):
         whole = io.BytesIO()

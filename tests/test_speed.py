@@ -7,12 +7,12 @@ import torch
 from fastai.callback.core import Callback, CancelFitException
 
 from fd_focus.attention import attention_map
-from fd_focus.data import FocusDataLoaders
-from fd_focus.learner import ImageFirst, focus_learner
+from fd_focus.data.loaders import FocusDataLoaders
+from fd_focus.training.learner import ImageFirst, focus_learner
 from fd_focus.loss import FocusLoss
 from fd_focus.model import FocusNet, toy_resnet
 from fd_focus.regions import propose_from_table, region_grid, suppression_table
-from fd_focus.speed import AccumulateGradients, BFloat16, CheckpointBody, CompileBody, FusedAdam, body_segments, speed_up
+from fd_focus.training.speed import AccumulateGradients, BFloat16, CheckpointBody, CompileBody, FusedAdam, body_segments, speed_up
 from fd_focus.zoom import zoom
 
 
@@ -185,7 +185,7 @@ def test_gradients_of_a_stopped_fit_are_forgotten(dls):
 @pytest.mark.parametrize("make", [CheckpointBody, lambda: CompileBody(backend="eager")], ids=["checkpointing", "compile"])
 def test_options_find_the_body_of_a_wrapped_model(dls, tmp_path, monkeypatch, make):
     "Several processes train a network that is wrapped, and it may be wrapped when the callbacks clean up."
-    import fd_focus.speed as speed
+    import fd_focus.training.speed as speed
     monkeypatch.setattr(speed, "_need_compiler", lambda device: None)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
     try:
@@ -201,8 +201,8 @@ def test_options_find_the_body_of_a_wrapped_model(dls, tmp_path, monkeypatch, ma
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError, CancelFitException])
 def test_a_fit_that_is_broken_off_leaves_the_network_as_it_was(dls, monkeypatch, make, stop):
     "fastai calls no `after_fit` after Ctrl-C or an error."
-    import fd_focus.checkpoint                                   # which has its own loop over epochs
-    import fd_focus.speed as speed
+    import fd_focus.training.checkpoint                                   # which has its own loop over epochs
+    import fd_focus.training.speed as speed
     monkeypatch.setattr(speed, "_need_compiler", lambda device: None)
     seen = []
     class Stop(Callback):
@@ -220,7 +220,7 @@ def test_a_fit_that_is_broken_off_leaves_the_network_as_it_was(dls, monkeypatch,
 
 
 def test_compile_asks_for_a_compiler_before_training(dls, monkeypatch):
-    import fd_focus.speed as speed
+    import fd_focus.training.speed as speed
     if torch.cuda.is_available(): pytest.skip("a GPU needs none")
     monkeypatch.setattr(speed.shutil, "which", lambda name: None)
     learn = focus_learner(dls, "toy_resnet", pretrained=False, cbs=[CompileBody()])
@@ -245,7 +245,7 @@ def test_segments_are_the_whole_body_in_order(arch):
 
 
 def test_settings_choose_the_options():
-    from fd_focus.run import Settings, make_learner
+    from fd_focus.training.run import Settings, make_learner
     base = dict(data="toy", arch="toy_resnet", image_size=64, epochs=1, bs=16, images_per_class=4, n_classes=4)
     kinds = lambda **options: {type(cb).__name__ for cb in make_learner(Settings(**base, **options)).cbs}
     assert "ChannelsLast" in kinds()
