@@ -27,7 +27,7 @@ from .zoom import zoom
 from .model import Focus, FocusNet, FocusOutput, PlainNet, create_body, toy_resnet
 from .loss import FocusLoss
 from .data.loaders import DataWarning, FocusDataLoaders, bad_images, check_images, duplicate_images, loader_speed, open_image, paper_transforms
-from .look import REGION_COLOURS, draw_attention, draw_image, draw_regions, plot_attention, plot_curves, plot_focus, plot_regions, plot_zooms
+from .draw import REGION_COLOURS, draw_attention, draw_image, draw_regions, plot_attention, plot_curves, plot_focus, plot_regions, plot_zooms
 from .training.learner import FocusInterpretation, FocusLearner, focus_learner, history, look, to_pixels
 from .training.checkpoint import Checkpoint, KeepBest, stoppable
 from .training.run import Settings, make_learner, replace, spread, train, write_run

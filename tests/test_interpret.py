@@ -15,7 +15,7 @@ from fd_focus.evidence.localisation import (BoxRecall, ObjectCoverage, PartHitRa
                                 expected_calibration_error, fit_temperature, localisation, localisation_metrics, object_coverage, part_hit_rate,
                                 plot_confused, pointing_game, predictions, reliability, reliability_diagram)
 from fd_focus.training.learner import focus_learner
-from fd_focus.look import plot_attention, plot_focus, plot_regions, plot_zooms
+from fd_focus.draw import plot_attention, plot_focus, plot_regions, plot_zooms
 
 
 @pytest.fixture(autouse=True)

@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..data.loaders import DataWarning, open_image
 from ..loss import FocusLoss
 from ..model import Focus, FocusNet, PlainNet, _own
-from ..look import plot_focus
+from ..draw import plot_focus
 
 # %% ../../nbs/30_learner.ipynb #70_learner006
 def body_and_heads(model: nn.Module) -> list[list[nn.Parameter]]:

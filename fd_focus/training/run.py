@@ -34,7 +34,7 @@ from .checkpoint import Checkpoint, KeepBest, _own, put as _put, random_state, s
 from ..data.loaders import FocusDataLoaders
 from .learner import FocusLearner, ImageFirst, look, focus_learner, history, to_pixels
 from ..loss import FocusLoss
-from ..look import plot_curves, plot_focus
+from ..draw import plot_curves, plot_focus
 from .speed import speed_up
 
 # %% ../../nbs/35_run.ipynb #72_run006
