@@ -21,13 +21,13 @@ __all__ = ['ToyBirds', 'ToyItem', 'ToyTruth', 'draw_bird', 'toy_items', 'attenti
 
 # %% ../nbs/90_all.ipynb #98_all002
 from .toy import ToyBirds, ToyItem, ToyTruth, draw_bird, toy_items
-from .attention import attention_map, class_activation_maps, smooth
-from .regions import propose, propose_from_table, region_grid, suppression_table
+from .attention import attention_map, class_activation_maps, draw_attention, draw_image, smooth
+from .regions import REGION_COLOURS, draw_regions, propose, propose_from_table, region_grid, suppression_table
 from .zoom import zoom
 from .model import Focus, FocusNet, FocusOutput, PlainNet, create_body, toy_resnet
 from .loss import FocusLoss
 from .data.loaders import DataWarning, FocusDataLoaders, bad_images, check_images, duplicate_images, loader_speed, open_image, paper_transforms
-from .draw import REGION_COLOURS, draw_attention, draw_image, draw_regions, plot_attention, plot_curves, plot_focus, plot_regions, plot_zooms
+from .draw import plot_attention, plot_curves, plot_focus, plot_regions, plot_zooms
 from .training.learner import FocusInterpretation, FocusLearner, focus_learner, history, look, to_pixels
 from .training.checkpoint import Checkpoint, KeepBest, stoppable
 from .training.run import Settings, make_learner, replace, spread, train, write_run

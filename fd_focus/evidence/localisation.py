@@ -23,7 +23,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from ..training.learner import FocusLearner, look, to_pixels
-from ..draw import draw_regions
+from ..regions import draw_regions
 from ..regions import propose_from_table
 
 # %% ../../nbs/51_localisation.ipynb #80_interpret006

@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 
 from ..data.loaders import EXTENSIONS
 from .model_folder import judges
-from ..draw import REGION_COLOURS
+from ..regions import REGION_COLOURS
 from .predict import FocusClassifier, Prediction, draw_prediction, open_any
 
 # %% ../../nbs/65_app.ipynb #97_app011

@@ -30,7 +30,7 @@ from torch import Tensor
 from ..data.loaders import EXTENSIONS, _size_upright, open_image
 from .model_folder import FocusPipeline, fold_batch_norm, load_focus
 from ..model import FocusNet, PlainNet
-from ..draw import REGION_COLOURS
+from ..regions import REGION_COLOURS
 
 # %% ../../nbs/61_predict.ipynb #92_predict011
 def _array(source: np.ndarray | Tensor) -> np.ndarray:
