@@ -1,6 +1,6 @@
 """How long an answer takes on this CPU: PyTorch eager and compiled, with batch norm folded and channels last, and ONNX Runtime.
 
-    python tests/latency.py --out nbs/tutorials/results/latency.csv
+    python tests/latency.py --out results/latency/latency.csv
 
 Run it on a quiet machine. All ways of a model take turns, call by call, so that a machine that slows down slows all of them down.
 """
@@ -93,7 +93,7 @@ COLUMNS = ["body", "image_size", "model", "batch", "runtime", "folded", "channel
 
 def main(args=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default="nbs/tutorials/results/latency.csv", type=Path, help="CSV to write")
+    parser.add_argument("--out", default="results/latency/latency.csv", type=Path, help="CSV to write")
     parser.add_argument("--seconds", default=60., type=float, help="to measure each model and batch, all ways together; at least three calls each")
     parser.add_argument("--bodies", nargs="+", default=list(BODIES), help="torchvision or timm names, or toy_resnet")
     parser.add_argument("--image_size", type=int, help="instead of each body's own: 448 for resnet50, 224 for mobilenet_v2")
