@@ -3,8 +3,10 @@ import multiprocessing
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 
 def pytest_addoption(parser):
@@ -27,6 +29,26 @@ def data():
     folder = os.environ.get("FD_FOCUS_DATA")
     if not folder: pytest.skip("FD_FOCUS_DATA is not set")
     return Path(folder)
+
+
+@pytest.fixture
+def no_memory_of_earlier_checks(monkeypatch, tmp_path_factory):
+    "What a check of pictures remembers goes into a folder of the test's own."
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+def photograph(seed=0, size=(64, 48)):
+    "Soft random colours: nothing that JPEG distorts much, and no two alike."
+    small = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
+
+
+def two_classes(root):
+    "Class folders a and b with eight different pictures each."
+    for i in range(16):
+        (root / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        photograph(i).save(root / "ab"[i % 2] / f"{i:02d}.jpg")
+    return root
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from conftest import shaken
 from PIL import Image
 
 from fd_focus.use.cli import fd_focus_evaluate
-from fd_focus.data.loaders import DataWarning, FocusDataLoaders
+from fd_focus.data.loaders import FocusDataLoaders
+from fd_focus.data.pictures import DataWarning
 from fd_focus.use.model_folder import save_focus
 from fd_focus.training.learner import focus_learner
 

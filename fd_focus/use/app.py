@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from matplotlib import colormaps
 from PIL import Image, ImageOps
 
-from ..data.loaders import EXTENSIONS
+from ..data.pictures import EXTENSIONS
 from .model_folder import judges
 from ..regions import REGION_COLOURS
 from .predict import FocusClassifier, Prediction, draw_prediction, open_any

@@ -186,7 +186,7 @@ def _train(values: dict, given: set):
     import matplotlib
     matplotlib.use("agg")
     import shlex
-    from fd_focus.data.loaders import check_apart
+    from fd_focus.data.tables import check_apart
     from fd_focus.training.run import Settings, train
     from fd_focus.training.speed import keep_memory
     keep_memory()                # a fifth of a CPU's time went into clearing new pages
@@ -300,7 +300,7 @@ def _any_name(stream):
 # %% ../../nbs/64_cli.ipynb #95_cli101l
 def _keep_inputs(out: Path, inputs: list, stdin: bool = False) -> None:
     "ValueError where `out` is something that is to be read, or is no file that rows could go to."
-    from fd_focus.data.loaders import EXTENSIONS
+    from fd_focus.data.pictures import EXTENSIONS
     if out.suffix.lower() in EXTENSIONS: raise ValueError(f"--out {out} ends like a picture, but rows are text: call it .csv or .jsonl")
     if out.is_dir(): raise ValueError(f"--out {out} is a folder; give a file in it")
     if not out.exists(): return

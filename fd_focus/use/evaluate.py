@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from scipy.stats import binomtest
 
-from ..data.loaders import _class_folders, _csv_rows, _some
+from ..data.tables import class_folders, csv_rows, some_names
 from ..evidence.localisation import confused_pairs, expected_calibration_error
 from .predict import FocusClassifier
 
@@ -27,21 +27,21 @@ def labelled_pictures(
     "What to judge a model by, read as for training. FileNotFoundError or ValueError say what was looked for; DataWarning says what is left out."
     folder, classes = Path(folder), set(classes)
     if not folder.is_dir(): raise FileNotFoundError(f"no folder {folder}")
-    file, holds = folder / "split.csv", lambda: _some((entry.name for entry in folder.iterdir()), 5) or "nothing"
+    file, holds = folder / "split.csv", lambda: some_names((entry.name for entry in folder.iterdir()), 5) or "nothing"
     if file.is_file():
-        table = _csv_rows(file)
+        table = csv_rows(file)
         if split is not None:
             there = set(table.split.dropna()) if "split" in table else set()
-            if split not in there: raise ValueError(f"{file} has no rows of split {split!r}; it has {_some(there) or 'no splits'}")
+            if split not in there: raise ValueError(f"{file} has no rows of split {split!r}; it has {some_names(there) or 'no splits'}")
             table = table[table.split == split]
     else:
         if split is not None:
             if not (folder / split).is_dir(): raise FileNotFoundError(f"no folder {folder / split}; {folder} holds {holds()}")
             folder = folder / split
-        table = _class_folders(folder)
+        table = class_folders(folder)
         if not len(table): raise ValueError(f"no pictures in class folders of {folder}; it holds {holds()}")
     if unknown := set(table.label) - classes:
-        raise ValueError(f"{folder} has pictures of {_some(unknown, 5)}, which the model does not know: its classes are {_some(classes, 5)}. Is a part of it meant (split='test')?")
+        raise ValueError(f"{folder} has pictures of {some_names(unknown, 5)}, which the model does not know: its classes are {some_names(classes, 5)}. Is a part of it meant (split='test')?")
     return pd.DataFrame(dict(file=[str(folder / name) for name in table.file], label=list(table.label)))
 
 # %% ../../nbs/62_evaluate.ipynb #93_evaluate008

@@ -27,7 +27,7 @@ from fastcore.basics import patch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ..data.loaders import EXTENSIONS, _size_upright, open_image
+from ..data.pictures import EXTENSIONS, open_image, upright_size
 from .model_folder import FocusPipeline, fold_batch_norm, load_focus
 from ..model import FocusNet, PlainNet
 from ..regions import REGION_COLOURS
@@ -57,7 +57,7 @@ def _open_file(file, min_side: int | None) -> tuple[Image.Image, tuple[int, int]
     "A decoded file, perhaps at reduced scale, and its full (height, width)."
     image = open_image(file, min_side)
     if min_side is None: return image, (image.height, image.width)
-    with Image.open(file) as header: return image, _size_upright(header)[::-1]
+    with Image.open(file) as header: return image, upright_size(header)[::-1]
 
 # %% ../../nbs/61_predict.ipynb #92_predict011f
 def _rewound(stream):
@@ -72,7 +72,7 @@ def open_any(
     source,                       # path, PIL picture, bytes, open binary file, array (H,W,3) or (H,W), tensor (3,H,W) or (H,W)
     min_side: int | None = None,  # see `open_image`
 ) -> tuple[Image.Image, tuple[int, int]]:  # upright RGB, and (height, width) that it has in full
-    "Any picture, as `fd_focus.data.loaders.open_image` gives it. ValueError says what cannot be read, and why; FileNotFoundError for no file."
+    "Any picture, as `fd_focus.data.pictures.open_image` gives it. ValueError says what cannot be read, and why; FileNotFoundError for no file."
     if isinstance(source, (str, Path)): return _open_file(source, min_side)
     name = getattr(source, "name", None) or f"this {type(source).__name__}"
     try:

@@ -1,0 +1,192 @@
+"What loaders refuse, leave out, draw and keep."
+import inspect
+import os
+import shutil
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from conftest import photograph, two_classes
+
+from fd_focus.data.loaders import FocusDataLoaders
+from fd_focus.data.pictures import DataWarning, ReducedPictures, open_image
+from fd_focus.data.tables import folder_table
+from fd_focus.training.run import Settings, make_learner
+
+pytestmark = pytest.mark.usefixtures("no_memory_of_earlier_checks")
+
+
+@pytest.fixture
+def folder(tmp_path): return two_classes(tmp_path / "pictures")
+
+
+def loaders(folder, **kwargs):
+    return FocusDataLoaders.from_folder(folder, **dict(dict(image_size=32, bs=4, num_workers=0), **kwargs))
+
+
+def test_batches_that_never_fill(folder):
+    for make in (lambda **kwargs: loaders(folder, **kwargs), lambda **kwargs: FocusDataLoaders.from_table(folder_table(folder), folder, image_size=32, **kwargs),
+                 lambda **kwargs: loaders(folder, balance=True, **kwargs)):
+        with pytest.raises(ValueError, match="bs=16 is more than the 12 training pictures; use a smaller batch"): make(bs=16)
+        assert len(make(bs=12).train) == 1
+    assert len(loaders(folder, bs=16, drop_last=False).train) == 1
+    with pytest.raises(ValueError, match="bs=4 is more than the 3 training pictures"): loaders(folder, n=3)
+    with pytest.raises(ValueError, match="bs=32 is more than the 6 training pictures"): FocusDataLoaders.from_toy(2, 1, n_classes=3)
+    with pytest.raises(ValueError, match="bs=16 is more than the 12 training pictures; use a smaller batch"):
+        make_learner(Settings(str(folder), arch="toy_resnet", image_size=32, bs=16))
+
+
+def test_unknown_arguments_are_errors(folder):
+    for make in (lambda: loaders(folder, colour="red"), lambda: FocusDataLoaders.from_toy(2, 2, colour="red"),
+                 lambda: FocusDataLoaders.from_csv(folder / "no.csv", colour="red")):
+        with pytest.raises((TypeError, FileNotFoundError), match="colour|no file"): make()
+    with pytest.raises(TypeError, match="unknown argument wokers; a loader takes .*num_workers"): loaders(folder, wokers=2)
+
+
+def test_signatures_name_their_arguments():
+    for name in ("from_folder", "from_csv", "from_cub", "from_aircraft", "from_cars"):
+        parameters = inspect.signature(getattr(FocusDataLoaders, name)).parameters
+        assert {"valid_pct", "image_size", "resize", "squash", "on_bad_image", "on_duplicate", "balance", "bs", "num_workers"} <= set(parameters), name
+        assert "table" not in parameters and "kwargs" not in parameters
+
+
+def test_skipped_pictures_are_counted_and_written(folder, tmp_path):
+    (folder / "a" / "text.jpg").write_text("nothing")
+    (folder / "b" / "cut.jpg").write_bytes((folder / "b" / "01.jpg").read_bytes()[:200])
+    with pytest.raises(ValueError, match="2 of 18 pictures cannot be read"): loaders(folder)
+    with pytest.warns(DataWarning, match="2 of 18 pictures cannot be read and are left out:(.|\n)*text.jpg"): dls = loaders(folder, on_bad_image="skip")
+    assert len(dls.train_ds) + len(dls.valid_ds) == 16 and {f.name for f in dls.skipped} == {"text.jpg", "cut.jpg"}
+    written = pd.read_csv(dls.write_skipped(tmp_path))
+    assert written.columns.tolist() == ["file", "why"] and len(written) == 2 and written.why.str.len().min() > 5
+    for _ in dls.train: pass
+
+
+def test_duplicates(folder):
+    for to, source in {"b/copy.jpg": "a/00.jpg", "a/again.jpg": "a/02.jpg", "b/same.jpg": "b/03.jpg"}.items():
+        jpeg = (folder / source).read_bytes()
+        (folder / to).write_bytes(jpeg[:2] + b"\xff\xfe\x00\x08a copy" + jpeg[2:])      # a comment: other bytes, the same pixels
+    table = pd.DataFrame(dict(file=[p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*.*"))]))
+    table["label"] = table.file.str[0]
+    table["split"] = np.where(table.file.isin(["a/again.jpg", "a/04.jpg", "b/05.jpg"]), "valid", "train")
+    with pytest.warns(DataWarning) as said: dls = FocusDataLoaders.from_table(table, folder, image_size=32, bs=4, num_workers=0)
+    message = str(said[0].message)
+    assert "1 picture under two labels and 1 picture in both training and validation" in message
+    assert "a/00.jpg (a, train), b/copy.jpg (b, train)" in message and "a/02.jpg (a, train), a/again.jpg (a, valid)" in message
+    assert len(dls.table) == 19 and dls.duplicates.problem.value_counts().to_dict() == {"two labels": 2, "train and valid": 2}
+    with pytest.warns(DataWarning, match="3 files are left out"): dls = FocusDataLoaders.from_table(table, folder, image_size=32, bs=4, num_workers=0, on_duplicate="drop")
+    assert set(table.file) - set(dls.table.file) == {"a/00.jpg", "b/copy.jpg", "a/02.jpg"} and len(dls.skipped) == 3
+    assert len(dls.valid_ds) == 3
+    with pytest.raises(ValueError, match="on_duplicate='keep'; use 'warn' or 'drop'"): loaders(folder, on_duplicate="keep")
+
+
+def test_many_duplicates_are_counted_not_all_named(tmp_path):
+    (tmp_path / "a").mkdir(); (tmp_path / "b").mkdir()
+    for i in range(14):
+        photograph(i).save(tmp_path / "a" / f"{i}.png")
+        shutil.copy(tmp_path / "a" / f"{i}.png", tmp_path / "b" / f"{i}.png")
+    with pytest.warns(DataWarning, match="14 pictures under two labels(.|\n)*and 4 more"): loaders(tmp_path)
+    with pytest.warns(DataWarning), pytest.raises(ValueError, match="classes of which no picture is left: a, b"): loaders(tmp_path, on_duplicate="drop")
+
+
+def test_no_warning_where_nothing_is_wrong(folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DataWarning)
+        loaders(folder)
+
+
+def test_classes_at_fault_are_named(folder):
+    (folder / "empty").mkdir()
+    with pytest.raises(ValueError, match="class folders without pictures: empty"): loaders(folder)
+    (folder / "empty").rmdir()
+    rows = folder_table(folder)
+    rows.assign(split=np.where(rows.label == "b", "valid", "train")).to_csv(folder / "split.csv", index=False)
+    with pytest.raises(ValueError, match="classes without training pictures: b"): loaders(folder)
+    rows.assign(label="a").to_csv(folder / "split.csv", index=False)
+    with pytest.raises(ValueError, match="only one class, a"): loaders(folder)
+
+
+def test_show_batch_without_boxes(folder):
+    import matplotlib.pyplot as plt
+    dls = loaders(folder)
+    assert [ax.get_title() for ax in dls.show_batch("valid", max_n=2).axes] == [dls.table.label[f] for f in dls.valid_ds.items[:2]]
+    figure, axes = plt.subplots(1, 3)
+    assert dls.show_batch(max_n=3, axes=axes) is figure
+    with pytest.raises(ValueError, match="2 axes for 3 pictures"): dls.show_batch(max_n=3, axes=axes[:2])
+    plt.close("all")
+
+
+def test_balanced_loader_keeps_seed_and_validation(folder):
+    for i in range(8, 40): photograph(100 + i).save(folder / "a" / f"{i}.jpg")
+    epochs = []
+    for _ in range(2):
+        dls = loaders(folder, balance=True)
+        dls.train.rng.seed(5)
+        epochs.append([dls.train.get_idxs() for _ in range(30)])
+    assert epochs[0] == epochs[1] and epochs[0][0] != epochs[0][1]
+    share = np.mean([dls.table.label.iloc[dls.train_ds.splits[0][i]] == "b" for epoch in epochs[0] for i in epoch])
+    assert .45 < share < .55
+    assert len(dls.train.get_idxs()) == len(dls.train_ds)
+    plain = loaders(folder)
+    assert sorted(plain.train.get_idxs()) == list(range(len(plain.train_ds)))
+
+
+def test_pictures_are_not_kept_in_memory(tmp_path):
+    "300 pictures of 512x512 would be 236 MB; a second epoch over them needs next to nothing more than the first."
+    import resource
+    for i in range(300):
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        photograph(i, (512, 512)).save(tmp_path / "ab"[i % 2] / f"{i}.jpg")
+    dls = FocusDataLoaders.from_folder(tmp_path, image_size=224, resize=512, bs=8, num_workers=0)
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peaks = []
+    for _ in range(2):
+        for _ in dls.train: pass
+        peaks.append(peak())
+    assert peaks[1] - peaks[0] < 40, peaks
+
+
+@pytest.mark.filterwarnings("ignore::fd_focus.data.pictures.DataWarning")        # of a validation half that valid_pct leaves out
+def test_what_accuracy_is_judged_by(folder, tmp_path):
+    "A test half is told from a validation half and from a share of the training pictures, so that nothing is chosen on it."
+    by = lambda **kwargs: loaders(folder, **kwargs).judged_by
+    table = folder_table(folder).drop(columns="split")
+    assert by() == by(valid_pct=.5) == "train"
+    for halves, judged in ((["train", "test"], "test"), (["train", "valid"], "valid"), (["train", "val"], "valid")):
+        table.assign(split=[halves[i % 2] for i in range(len(table))]).to_csv(folder / "split.csv", index=False)
+        assert by() == judged and by(valid_pct=.5) == "train"
+    settings = Settings(str(folder), arch="toy_resnet", image_size=32, bs=4, m=2, l=2, keep_best=True)
+    table.assign(split=["train" if i % 2 else "test" for i in range(len(table))]).to_csv(folder / "split.csv", index=False)
+    with pytest.raises(ValueError, match="keep_best choose the epoch on them; use valid_pct"): make_learner(settings)
+    make_learner(replace(settings, valid_pct=.5))
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg"])
+def test_images_as_items(tmp_path, kind):
+    "An open PIL image, read or not, means the same as its file."
+    for k in range(8):
+        file = tmp_path / f"birds/{'ab'[k % 2]}/{k}.{kind}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        photograph(k).save(file)
+    dls = FocusDataLoaders.from_folder(tmp_path / "birds", image_size=32, bs=2)
+    item = dls.valid_ds.items[0]
+    path = tmp_path / "birds" / item
+    with Image.open(path) as still_a_file: lazy = dls.test_dl([still_a_file]).one_batch()[0]
+    for same in (lazy, dls.test_dl([open_image(path)]).one_batch()[0], dls.test_dl([np.asarray(Image.open(path))]).one_batch()[0]):
+        assert np.array_equal(same, dls.test_dl([item]).one_batch()[0])
+
+
+def test_names_that_are_no_utf8(folder, tmp_path, monkeypatch):
+    "As an old archive leaves them: checked, remembered, loaded, and kept reduced."
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = next((folder / "a").iterdir())
+    odd = Path(os.fsdecode(os.fsencode(file.parent) + b"/caf\xe9.jpg"))
+    file.rename(odd)
+    for _ in range(2): dls = loaders(folder)                                     # the second time from what was remembered
+    assert len(dls.train.one_batch()[0]) and any(str(item).endswith(odd.name) for item in [*dls.train_ds.items, *dls.valid_ds.items])
+    photograph(50).resize((400, 300)).save(odd)
+    kept = ReducedPictures(tmp_path / "kept", 60)
+    assert kept(odd).size == kept(odd).size and len(list((tmp_path / "kept").glob("*.jpg"))) == 1
