@@ -9,18 +9,16 @@ __all__ = ['plot_regions', 'plot_attention', 'plot_focus', 'plot_zooms', 'plot_c
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import draw_attention, draw_image
-from .model import Focus
+from .methods import Look
 from .regions import REGION_COLOURS, draw_regions
 from .zoom import zoom
 
 # %% ../nbs/18_draw.ipynb #65_plot006
-def _seen(source, what) -> tuple[Tensor, Focus]:
-    "Pictures and their `Focus`: as they are, or what a learner sees of files or of a batch."
+def _seen(source, what) -> tuple[Tensor, Look]:
+    "Pictures and their `Look`: as they are, or what a learner sees of files or of a batch."
     return source.see(what) if hasattr(source, "see") else (source, what)
 
 def _axes(axes, nrows: int, ncols: int, size: float, needed: int | None = None):
@@ -35,7 +33,7 @@ def _axes(axes, nrows: int, ncols: int, size: float, needed: int | None = None):
 # %% ../nbs/18_draw.ipynb #65_plot007
 def plot_regions(
     source,                          # pictures (B,3,H,W) from 0 to 1; or a learner
-    what,                            # their `Focus`; or files (anything the learner's DataLoaders open), or a batch as the network sees it
+    what,                            # their `Look`; or files (anything the learner's DataLoaders open), or a batch as the network sees it
     k: int = 4,                      # regions to draw
     titles: list[str] | None = None, # one a picture
     ncols: int = 6,                  # pictures in a row
@@ -43,10 +41,10 @@ def plot_regions(
     size: float = 2.2,               # inches a picture
 ):
     "Pictures with their top `k` regions: red, green, blue, yellow (Fig. 2 of the paper). Returns the figure."
-    images, focus = _seen(source, what)
+    images, look = _seen(source, what)
     ncols = min(ncols, len(images))
     axes = _axes(axes, -(-len(images) // ncols), ncols, size, len(images))
-    for i, (ax, image, boxes) in enumerate(zip(axes, images, focus.boxes)): draw_regions(ax, image, boxes.cpu(), titles[i] if titles else None, k).axis("on")
+    for i, (ax, image, boxes) in enumerate(zip(axes, images, look.boxes)): draw_regions(ax, image, boxes.cpu(), titles[i] if titles else None, k).axis("on")
     return axes[0].figure
 
 def plot_attention(
@@ -59,10 +57,10 @@ def plot_attention(
     alpha: float = 0.55,             # opacity of the map
 ):
     "The attention map M over each picture, with a colour bar in the map's own units (Eq. 2: weighted sums of features). Returns the figure."
-    images, focus = _seen(source, what)
+    images, look = _seen(source, what)
     ncols = min(ncols, len(images))
     axes = _axes(axes, -(-len(images) // ncols), ncols, size, len(images))
-    for i, (ax, image, attention) in enumerate(zip(axes, images, focus.attention)):
+    for i, (ax, image, attention) in enumerate(zip(axes, images, look.attention)):
         ax.axis("on")
         shown = draw_attention(ax, image, attention, titles[i] if titles else None, alpha)
         ax.figure.colorbar(shown, ax=ax, fraction=.046, pad=.03).ax.tick_params(labelsize=7)
@@ -71,42 +69,43 @@ def plot_attention(
 # %% ../nbs/18_draw.ipynb #65_plot008
 def plot_focus(
     images: Tensor,                  # (B,3,H,W) from 0 to 1; or a learner
-    focus: Focus,                    # what `FocusNet.focus` says of them; or files or a batch, as in `plot_regions`
+    look: Look,                      # what a method saw in them; or files or a batch, as in `plot_regions`
     titles: list[str] | None = None, # one a picture
     colours: list[str] | None = None,# of the titles
     ncols: int = 6,                  # pictures in a row
     attention: bool = True,          # a second row with the attention map
     size: float = 2.2,               # inches a picture
 ):
-    "A grid of pictures with their top-4 regions, and below each its attention map. Returns the figure."
-    images, focus = _seen(images, focus)
-    n, deep = len(images), 2 if attention else 1
+    "A grid of pictures with their top-4 regions, and below each its attention map, where the method has them. Returns the figure."
+    images, look = _seen(images, look)
+    n, deep = len(images), 2 if attention and look.attention is not None else 1
     ncols = min(ncols, n)
     nrows = -(-n // ncols)
     fig, axes = plt.subplots(deep * nrows, ncols, figsize=(size * ncols, (size + .25) * deep * nrows), layout="constrained", squeeze=False)
     for ax in axes.flat: ax.axis("off")
     for i in range(n):
         row, column = deep * (i // ncols), i % ncols
-        ax = draw_regions(axes[row, column], images[i], focus.boxes[i].cpu())
+        boxes = images.new_zeros(0, 4) if look.boxes is None else look.boxes[i].cpu()
+        ax = draw_regions(axes[row, column], images[i], boxes)
         ax.axis("on")
         if titles: ax.set_title(titles[i], fontsize=8, color=colours[i] if colours else "black")
-        if attention: draw_attention(axes[row + 1, column], images[i], focus.attention[i])
+        if deep == 2: draw_attention(axes[row + 1, column], images[i], look.attention[i])
     return fig
 
 # %% ../nbs/18_draw.ipynb #65_plot009
 def plot_zooms(
     source,             # pictures (B,3,H,W) from 0 to 1; or a learner
-    what,               # their `Focus`; or files or a batch, as in `plot_regions`
+    what,               # their `Look`; or files or a batch, as in `plot_regions`
     size: int = 112,    # side of the zooms, pixels
     k: int = 4,         # regions to show, at most 4
     axes=None,          # k+1 axes a picture to draw into; None: a new figure
 ):
     "One row a picture: the regions, and each region enlarged, framed in its colour. Returns the figure."
-    images, focus = _seen(source, what)
-    k = min(k, len(REGION_COLOURS), focus.boxes.shape[1])
-    crops = zoom(images, focus.boxes[:len(images), :k].to(images.device), size)
+    images, look = _seen(source, what)
+    k = min(k, len(REGION_COLOURS), look.boxes.shape[1])
+    crops = zoom(images, look.boxes[:len(images), :k].to(images.device), size)
     rows = _axes(axes, len(crops), k + 1, 2.1, len(crops) * (k + 1))[:len(crops) * (k + 1)].reshape(len(crops), k + 1)
-    for row, image, boxes, zooms in zip(rows, images, focus.boxes.cpu(), crops):
+    for row, image, boxes, zooms in zip(rows, images, look.boxes.cpu(), crops):
         for ax in row: ax.axis("on")
         draw_regions(row[0], image, boxes, k=k)
         for ax, crop, colour in zip(row[1:], zooms, REGION_COLOURS):

@@ -6,69 +6,90 @@
 __all__ = ['FocusLoss']
 
 # %% ../nbs/17_loss.ipynb #50_loss003
+import copy
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from fastai.torch_core import Module, TensorBase
 from fastcore.basics import patch
 from torch import Tensor
 
-from .model import FocusOutput
+from .methods import Method, loss_terms
 
 # %% ../nbs/17_loss.ipynb #50_loss008
-def _plain(x): return x.as_subclass(Tensor) if isinstance(x, TensorBase) else x   # cross_entropy rejects mixed subclasses
+def _plain(x):
+    "Without fastai's tensor types, which cross entropy rejects."
+    if isinstance(x, dict): return {name: _plain(part) for name, part in x.items()}
+    return x.as_subclass(Tensor) if isinstance(x, TensorBase) else x
 
 class FocusLoss(Module):
-    "Weighted sum of the cross entropies of image, region and hybrid logits (section 3.3); that of the logits for a tensor."
+    "Weighted sum of the losses of every head (section 3.3); of plain logits, their own loss."
     y_int = True     # targets are class indices: fastai's MixUp then blends losses, not targets
     def __init__(self,
-        image_weight: float = 1.,     # weight of the image head's loss
-        region_weight: float = 1.,    # weight of the region head's loss, a mean over the m regions
-        hybrid_weight: float = 1.,    # weight of the hybrid head's loss
-        label_smoothing: float = 0.,  # from 0 to below 1, in training (a plain tensor: where gradients are on)
-        reduction: str = "mean",      # 'mean', 'sum' or 'none' (one loss an item)
+        criterion: Callable | None = None,  # any loss of logits (N,C) and targets (N,); None: cross entropy
+        weight: Tensor | None = None,       # (C,) weights of the classes, for cross entropy
+        head_weights: dict[str, float] | None = None,   # name -> weight of a head's loss; others as the method has them (1)
+        label_smoothing: float = 0.,        # from 0 to below 1; in training alone
+        reduction: str = "mean",            # 'mean', 'sum' or 'none' (one loss an item)
+        method: Method | None = None,       # whose `losses` and `loss_weights` count; None: every head's loss, weight 1
     ):
-        if reduction not in ("mean", "sum", "none"): raise ValueError(f"reduction={reduction!r}; use 'mean', 'sum' or 'none'")
-        if not 0 <= label_smoothing < 1: raise ValueError(f"label_smoothing={label_smoothing}; use 0 or more, and less than 1")
-        if min(image_weight, region_weight, hybrid_weight) < 0: raise ValueError("weights of the losses must not be negative")
-        self.image_weight, self.region_weight, self.hybrid_weight = image_weight, region_weight, hybrid_weight
-        self.label_smoothing, self.reduction = label_smoothing, reduction
-        self.image = self.region = self.hybrid = None
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction={reduction!r}; use 'mean', 'sum' or 'none'")
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing={label_smoothing}; use 0 or more, and less than 1")
+        if criterion is not None and (weight is not None or label_smoothing):
+            raise ValueError("weight and label_smoothing are for cross entropy; give them to your criterion")
+        if head_weights and min(head_weights.values()) < 0:
+            raise ValueError(f"head_weights={head_weights}: weights of the losses must not be negative")
+        self.criterion, self.weight, self.head_weights = criterion, weight, dict(head_weights or {})
+        self.label_smoothing, self.reduction, self.method, self.terms = label_smoothing, reduction, method, {}
 
-    def forward(self, output, target):
-        target = _plain(target)
-        if isinstance(output, FocusOutput):
-            terms = self._terms(output, target)
-            for name in ("image", "region", "hybrid"):
-                setattr(self, name, terms[name].mean().detach() if name in terms else None)
-            loss = sum(getattr(self, f"{name}_weight") * term for name, term in terms.items())
-        else:
-            smoothing = self.label_smoothing if self.training and torch.is_grad_enabled() else 0.
-            loss = F.cross_entropy(_plain(output), target, reduction="none", label_smoothing=smoothing)
-        return loss if self.reduction == "none" else getattr(loss, self.reduction)()
+    def forward(self, output: dict | Tensor, target: Tensor) -> Tensor:
+        output, target = _plain(output), _plain(target)
+        criterion = self._criterion(self.training and torch.is_grad_enabled())
+        if not isinstance(output, dict): return self._reduce(criterion(output, target))
+        terms = loss_terms(output, target, criterion) if self.method is None else self.method.losses(output, target, criterion)
+        self.terms = {name: term.mean().detach() for name, term in terms.items()}
+        return self._reduce(sum(weight * terms[name] for name, weight in self.weights(terms).items()))
 
-# %% ../nbs/17_loss.ipynb #50_loss008e
+    def _reduce(self, loss: Tensor) -> Tensor:
+        return loss if self.reduction == "none" or loss.ndim == 0 else getattr(loss, self.reduction)()
+
+# %% ../nbs/17_loss.ipynb #17_loss_001
 @patch
-def _terms(self: FocusLoss, output: FocusOutput, target: Tensor) -> dict[str, Tensor]:
-    "(B,) cross entropy of each head; a head that does not exist has none."
-    per_item = lambda logits: F.cross_entropy(logits, target, reduction="none", label_smoothing=self.label_smoothing)
-    terms = dict(image=per_item(_plain(output.image)))
-    regions = _plain(output.regions)
-    if m := regions.shape[1]:
-        repeated = target[:, None].expand(-1, m).flatten()
-        terms["region"] = F.cross_entropy(regions.flatten(0, 1), repeated, reduction="none",
-                                          label_smoothing=self.label_smoothing).view(-1, m).mean(1)
-    if output.hybrid is not None: terms["hybrid"] = per_item(_plain(output.hybrid))
-    return terms
+def _criterion(self: FocusLoss, training: bool) -> Callable:
+    "The loss of logits (N,C) and target (N,): (N,), or a mean that the criterion makes itself."
+    whole = self.reduction == "mean"
+    if self.criterion is None:
+        options = dict(weight=None if self.weight is None else self.weight, reduction="mean" if whole and self.weight is not None else "none",
+                       label_smoothing=self.label_smoothing if training else 0.)
+        def cross_entropy(logits, target):
+            if options["weight"] is not None: options["weight"] = options["weight"].to(logits)
+            return F.cross_entropy(logits, target, **options)
+        return cross_entropy
+    if whole: return self.criterion
+    if hasattr(self.criterion, "reduction"):
+        each = copy.deepcopy(self.criterion)
+        each.reduction = "none"
+        return each
+    return lambda logits, target: torch.stack([self.criterion(logit[None], t[None]).squeeze() for logit, t in zip(logits, target)])
+
+@patch
+def weights(self: FocusLoss, terms) -> dict[str, float]:
+    "Weight of every term by name. ValueError where `head_weights` names one that is not there."
+    if unknown := set(self.head_weights) - set(terms):
+        raise ValueError(f"head_weights names {', '.join(sorted(unknown))}, but the losses are {', '.join(terms)}")
+    own = {} if self.method is None else self.method.loss_weights
+    return {name: self.head_weights.get(name, own.get(name, 1.)) for name in terms}
 
 # %% ../nbs/17_loss.ipynb #50_loss013c
-def _answer(output): return output.answer if isinstance(output, FocusOutput) else output
-
 @patch
 def activation(self: FocusLoss, output: Tensor) -> Tensor:
     "Probabilities of logits."
-    return F.softmax(_answer(output), dim=-1)
+    return F.softmax(output, dim=-1)
 
 @patch
 def decodes(self: FocusLoss, output: Tensor) -> Tensor:
     "Class indices of logits or probabilities."
-    return _answer(output).argmax(dim=-1)
+    return output.argmax(dim=-1)
