@@ -83,6 +83,7 @@ class Method(nn.Module):
     heads: tuple[str, ...] = ()          # names in `Look.heads` whose accuracy is worth a column while training
     terms: tuple[str, ...] = ()          # names of the losses that are worth a column
     loss_weights: dict[str, float] = {}  # name -> weight of a loss; 1 where it is not named
+    deterministic: bool = True           # False: it answers differently each time (a control with chance in it)
 
     def __new__(cls, *args, **kwargs):
         self = super().__new__(cls)
