@@ -31,7 +31,7 @@ def _share_of(size: tuple[int, int], share: float, step: int = 1) -> tuple[int, 
     return tuple(max(step, round(side * share / step) * step) for side in size)
 
 # %% ../nbs/16_focus.ipynb #16_focus_009
-ANSWERS = ("hybrid", "ensemble")
+ANSWERS = ("hybrid", "ensemble", "image", "adaptive")
 
 class FocusNet(Method):
     "Focus and discriminate: attention, regions, zoom and three heads around one shared body (section 3)."
@@ -49,7 +49,9 @@ class FocusNet(Method):
         hybrid: bool = True,              # False: no hybrid head, the image head answers (an ablation of the paper)
         fusion: str = "concat",           # of the l regions' features: 'concat' (the paper), or their 'mean'
         crop_norm: str = "batch",         # batch norm's running statistics: 'batch' one set, fed by images and crops, or 'separate'
-        answer: str = "hybrid",           # who answers: the 'hybrid' head (the paper), or the 'ensemble' of all heads
+        answer: str = "hybrid",           # who answers: the 'hybrid' head (the paper), the 'ensemble' of all heads, the 'image' head
+                                          # after one look, or 'adaptive': the ensemble where the image head is unsure
+        look_again_below: float = 0.9,    # 'adaptive': a smaller largest probability of the image head is unsure
     ):
         super().__init__(body, n_classes, image_size)
         if not 0 <= l <= m: raise ValueError(f"l={l} regions are to be used of m={m}; l must be from 0 to m")
@@ -59,7 +61,7 @@ class FocusNet(Method):
         self.attention = _one_of("attention", attention, ("max", "single"))
         self.fusion = _one_of("fusion", fusion, ("concat", "mean"))
         self.crop_norm = _one_of("crop_norm", crop_norm, ("batch", "separate"))
-        self.answer = _one_of("answer", answer, ANSWERS)
+        self.answer, self.look_again_below = _one_of("answer", answer, ANSWERS), look_again_below
         self.region_size = _share_of(self.image_size, 5 / 14, 2) if region_size is None else _pair(region_size)
         self.zoom_size = _share_of(self.image_size, 1 / 2) if zoom_size is None else _pair(zoom_size)
         grid = region_grid(self.image_size, self.map_size, self.region_size)    # raises where regions are too large
@@ -167,19 +169,45 @@ def _look(self: FocusNet, x: Tensor, k: int, shown: int) -> Look:
     heads = dict(image=logits)
     if k: heads["region"] = self.region_head(features)
     if self.hybrid and k >= self.l: heads["hybrid"] = self.hybrid_logits(image, features)
-    if k >= self.l: heads["ensemble"] = mean_of_heads([heads[h][:, :self.l] if h == "region" else heads[h] for h in heads])
-    answer = heads["ensemble"] if self.answer == "ensemble" else heads["hybrid"] if self.hybrid else logits
-    return Look(answer, heads, boxes, scores, attention)
+    if k >= self.l: heads["ensemble"] = self.teacher(heads)
+    if self.answer == "adaptive":
+        unsure = self.unsure(logits)
+        return Look(torch.where(unsure[:, None], heads["ensemble"], logits), heads, boxes, scores, attention, unsure)
+    head = self.answer if self.answer != "hybrid" or self.hybrid else "image"
+    return Look(heads[head], heads, boxes, scores, attention)
+
+@patch
+def teacher(self: FocusNet, outputs: dict) -> Tensor:
+    "Mean of all heads (B,C), the region head with its first l regions."
+    return mean_of_heads([logits[:, :self.l] if name == "region" else logits for name, logits in outputs.items()])
+
+@patch
+def unsure(self: FocusNet, logits: Tensor) -> Tensor:
+    "(B,) bool: where the image head's largest probability is below `look_again_below`."
+    return logits.softmax(1).amax(1) < self.look_again_below
 
 @patch(as_prop=True)
 def used(self: FocusNet) -> int:
     "Regions that the answer needs."
-    return self.l if self.hybrid or self.answer == "ensemble" else 0
+    return self.l if self.answer in ("ensemble", "adaptive") or self.answer == "hybrid" and self.hybrid else 0
 
 @patch
 def look(self: FocusNet, x: Tensor) -> Look:
     "The answer with the regions it rests on; the top m where it rests on none."
-    return self._look(x, self.used, self.used or self.m)
+    return self._look_again(x) if self.answer == "adaptive" else self._look(x, self.used, self.used or self.m)
+
+@patch
+def _look_again(self: FocusNet, x: Tensor) -> Look:
+    "One look; the pictures of which the image head is unsure, and only they, get the second look and the ensemble's answer."
+    image, logits, attention, scores, boxes = self.first_look(x, self.l)
+    unsure, answer = self.unsure(logits), logits
+    rows = unsure.nonzero()[:, 0]                        # the one wait for the device
+    if len(rows):
+        features = self.second_look(x[rows], boxes[rows])
+        heads = dict(image=logits[rows], region=self.region_head(features))
+        if self.hybrid: heads["hybrid"] = self.hybrid_logits(image[rows], features)
+        answer = answer.index_copy(0, rows, self.teacher(heads).to(answer.dtype))
+    return Look(answer, dict(image=logits), boxes, scores, attention, unsure)
 
 @patch
 def examine(self: FocusNet, x: Tensor) -> Look:

@@ -15,7 +15,7 @@ from fastai.torch_core import Module, TensorBase
 from fastcore.basics import patch
 from torch import Tensor
 
-from .methods import Method, loss_terms
+from .methods import Method, loss_terms, mean_of_heads
 
 # %% ../nbs/17_loss.ipynb #50_loss008
 def _plain(x):
@@ -31,6 +31,7 @@ class FocusLoss(Module):
         weight: Tensor | None = None,       # (C,) weights of the classes, for cross entropy
         head_weights: dict[str, float] | None = None,   # name -> weight of a head's loss; others as the method has them (1)
         label_smoothing: float = 0.,        # from 0 to below 1; in training alone
+        distill: float = 0.,                # weight of the image head's cross entropy to the mean answer of all heads
         reduction: str = "mean",            # 'mean', 'sum' or 'none' (one loss an item)
         method: Method | None = None,       # whose `losses` and `loss_weights` count; None: every head's loss, weight 1
     ):
@@ -43,13 +44,17 @@ class FocusLoss(Module):
         if head_weights and min(head_weights.values()) < 0:
             raise ValueError(f"head_weights={head_weights}: weights of the losses must not be negative")
         self.criterion, self.weight, self.head_weights = criterion, weight, dict(head_weights or {})
-        self.label_smoothing, self.reduction, self.method, self.terms = label_smoothing, reduction, method, {}
+        if distill < 0: raise ValueError(f"distill={distill} is a weight; use 0 for none, or more")
+        self.label_smoothing, self.distill, self.reduction = label_smoothing, distill, reduction
+        self.method, self.terms = method, {}
 
     def forward(self, output: dict | Tensor, target: Tensor) -> Tensor:
         output, target = _plain(output), _plain(target)
         criterion = self._criterion(self.training and torch.is_grad_enabled())
         if not isinstance(output, dict): return self._reduce(criterion(output, target))
         terms = loss_terms(output, target, criterion) if self.method is None else self.method.losses(output, target, criterion)
+        if self.distill and (teacher := self._teacher(output)) is not None:
+            terms["distill"] = -(teacher.detach().softmax(1) * output["image"].log_softmax(1)).sum(1)
         self.terms = {name: term.mean().detach() for name, term in terms.items()}
         return self._reduce(sum(weight * terms[name] for name, weight in self.weights(terms).items()))
 
@@ -80,8 +85,15 @@ def weights(self: FocusLoss, terms) -> dict[str, float]:
     "Weight of every term by name. ValueError where `head_weights` names one that is not there."
     if unknown := set(self.head_weights) - set(terms):
         raise ValueError(f"head_weights names {', '.join(sorted(unknown))}, but the losses are {', '.join(terms)}")
-    own = {} if self.method is None else self.method.loss_weights
+    own = ({} if self.method is None else self.method.loss_weights) | dict(distill=self.distill)
     return {name: self.head_weights.get(name, own.get(name, 1.)) for name in terms}
+
+# %% ../nbs/17_loss.ipynb #17_loss_005
+@patch
+def _teacher(self: FocusLoss, output: dict) -> Tensor | None:
+    "Logits (B,C) of all heads together; None where there is no image head, or nothing beside it."
+    if "image" not in output or len(output) < 2: return None
+    return mean_of_heads(list(output.values())) if self.method is None else self.method.teacher(output)
 
 # %% ../nbs/17_loss.ipynb #50_loss013c
 @patch

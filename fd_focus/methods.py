@@ -30,6 +30,7 @@ class Look:
     boxes: Tensor | None = None                              # (B,k,4)
     scores: Tensor | None = None                             # (B,k) attention at the boxes
     attention: Tensor | None = None                          # (B,h,w)
+    looked_again: Tensor | None = None                       # (B,) bool: who got a second look, if not everybody alike
 
     def each(self, function: Callable) -> "Look":
         "The same with `function` of every tensor."
@@ -58,8 +59,9 @@ class Look:
 def mean_of_heads(
     heads: list[Tensor],   # logits, each (B,C), or (B,k,C): a head that spoke k times counts once, with its mean
 ) -> Tensor:               # (B,C)
-    "Logarithm of the mean probability of several heads."
-    probabilities = [logits.softmax(-1) if logits.ndim == 2 else logits.softmax(-1).mean(1) for logits in heads]
+    "Logarithm of the mean probability of several heads; one of k = 0 regions has nothing to say."
+    probabilities = [logits.softmax(-1) if logits.ndim == 2 else logits.softmax(-1).mean(1)
+                     for logits in heads if logits.ndim == 2 or logits.shape[1]]
     return torch.stack(probabilities).mean(0).clamp_min(1e-12).log()
 
 # %% ../nbs/15_methods.ipynb #15_methods_012
@@ -120,6 +122,9 @@ class Method(nn.Module):
     def examine(self, x: Tensor) -> Look:
         "In eval mode: everything that could be seen, also what the answer does without. For metrics and figures."
         return self.look(x)
+    def teacher(self, outputs: dict) -> Tensor | None:
+        "Logits (B,C) of all heads together, for the image head to learn from (distillation); None with a single head."
+        return mean_of_heads(list(outputs.values())) if len(outputs) > 1 else None
     def callbacks(self) -> list:
         "fastai callbacks that its training needs."
         return []
