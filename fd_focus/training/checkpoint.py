@@ -30,7 +30,8 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import Tensor
 
-from .learner import FocusLearner, bare, over_processes
+from ..methods import bare
+from .learner import FocusLearner, over_processes
 
 # %% ../../nbs/32_checkpoint.ipynb #71_checkpoint006
 def put(

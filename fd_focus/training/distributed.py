@@ -17,7 +17,7 @@ from fastai.learner import AvgLoss, AvgMetric, Learner
 from fastai.torch_core import find_bs, num_distrib, rank_distrib, set_seed
 from torch import Tensor
 
-from .learner import bare, over_processes
+from .learner import over_processes
 
 # %% ../../nbs/33_distributed.ipynb #71_distributed006
 class SharedDL(DistributedDL):
@@ -61,9 +61,7 @@ class CountShares(Callback):
         own = self.dl.own(size)
         if own == size: return
         self.learn.pred, self.learn.yb = self.pred[:own], tuple(y[:own] for y in self.yb) if own else ()
-        net = bare(self.model)
-        if focus := getattr(net, "last_focus", None):
-            net.last_focus = type(focus)(**{name: None if value is None else value[:own] for name, value in vars(focus).items()})
+        if getattr(self.learn, "seen", None) is not None: self.learn.seen = self.learn.seen[:own]
     def after_validate(self):
         metrics = [self.recorder.loss, *self.learn.metrics]
         names = [(metric, name) for metric in metrics for name in _sums(metric)]

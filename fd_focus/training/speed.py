@@ -28,7 +28,7 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 from torch.utils.checkpoint import checkpoint
 
-from .learner import bare
+from ..methods import bare
 
 # %% ../../nbs/34_speed.ipynb #71_speed006
 def held_memory(
@@ -77,21 +77,23 @@ def _need_compiler(device: str):
         raise ValueError("compile_body on a CPU needs a C++ compiler: install g++ or clang++, or leave the option out")
 
 class CompileBody(Callback):
-    "torch.compile of `model.body` in place, for the training batches of a fit; names in the state dict stay."
+    "torch.compile of a method's bodies in place, for the training batches of a fit; names in the state dict stay."
     order = ChannelsLast.order + 1
-    def __init__(self, **kwargs): self.kwargs, self.compiled, self.of = dict(dynamic=False) | kwargs, None, None   # to `torch.compile`
+    def __init__(self, **kwargs): self.kwargs, self.compiled = dict(dynamic=False) | kwargs, []   # to `torch.compile`
     def before_fit(self):
-        body = bare(self.model).body
-        if any(isinstance(cb, CheckpointBody) for cb in self.learn.cbs): raise ValueError("compile_body and checkpointing exclude each other; choose one")
-        _need_compiler(next(body.parameters()).device.type)
-        if self.of is not body:
-            body.compile(**self.kwargs)
-            self.compiled, self.of = body._compiled_call_impl, body
-    def __getstate__(self): return self.__dict__ | dict(compiled=None, of=None)      # compiled code is no part of an exported learner
-    def _use(self, compiled): bare(self.model).body._compiled_call_impl = compiled
-    def before_train(self): self._use(self.compiled)
-    def before_validate(self): self._use(None)
-    def let_go(self): self._use(None)         # a FocusLearner calls it also where the fit is broken off
+        bodies = bare(self.model).bodies
+        if any(isinstance(cb, CheckpointBody) for cb in self.learn.cbs):
+            raise ValueError("compile_body and checkpointing exclude each other; choose one")
+        _need_compiler(next(self.model.parameters()).device.type)
+        if [body for body, _ in self.compiled] != bodies:
+            for body in bodies: body.compile(**self.kwargs)
+            self.compiled = [(body, body._compiled_call_impl) for body in bodies]
+    def __getstate__(self): return self.__dict__ | dict(compiled=[])      # compiled code is no part of an exported learner
+    def before_train(self):
+        for body, code in self.compiled: body._compiled_call_impl = code
+    def before_validate(self): self.let_go()
+    def let_go(self):         # a FocusLearner calls it also where the fit is broken off
+        for body in bare(self.model).bodies: body._compiled_call_impl = None
     def after_fit(self): self.let_go()
 
 # %% ../../nbs/34_speed.ipynb #71_speed014
@@ -144,9 +146,10 @@ class _Whole:
 class CheckpointBody(Callback):
     "Keeps only the borders of the body's blocks for the backward pass; same numbers, more time, less memory."
     def before_fit(self):
-        body = bare(self.model).body
-        body.forward = _checkpointed([[_Whole(body)] if run[0] is body else run for run in body_segments(body)])
-    def let_go(self): bare(self.model).body.__dict__.pop("forward", None)     # a FocusLearner calls it also where the fit is broken off
+        for body in bare(self.model).bodies:
+            body.forward = _checkpointed([[_Whole(body)] if run[0] is body else run for run in body_segments(body)])
+    def let_go(self):         # a FocusLearner calls it also where the fit is broken off
+        for body in bare(self.model).bodies: body.__dict__.pop("forward", None)
     def after_fit(self): self.let_go()
 
 # %% ../../nbs/34_speed.ipynb #71_speed019
@@ -231,7 +234,7 @@ def resolve_amp(
     return "bf16" if torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 def speed_up(
-    learn: Learner,               # with a FocusNet or PlainNet
+    learn: Learner,               # with a Method
     channels_last: bool = True,   # memory layout of the body's convolutions
     amp: str = "auto",            # precision, see `resolve_amp`
     compile_body: bool = False,   # torch.compile of the body, in training
