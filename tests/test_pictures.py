@@ -5,12 +5,14 @@ import warnings
 import zlib
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_gif, decode_image, read_file
 from conftest import photograph, two_classes
 
-from fd_focus.data.pictures import ReducedPictures, bad_images, check_images, open_image
+from fd_focus.data.pictures import (ReducedPictures, bad_images, check_images, duplicate_images, open_image,
+                                    upright_size)
 from fd_focus.data.tables import folder_table
 
 pytestmark = pytest.mark.usefixtures("no_memory_of_earlier_checks")
@@ -65,6 +67,8 @@ def test_float_tiff(tmp_path):
     values = np.linspace(0, 1, 64 * 48, dtype=np.float32).reshape(48, 64)
     Image.fromarray(values).save(tmp_path / "x.tiff")
     assert np.abs(np.asarray(open_image(tmp_path / "x.tiff"))[..., 0] / 255 - values).max() < .003
+    Image.fromarray(np.float32([[0, 2, 5]])).save(tmp_path / "above_one.tiff")          # the largest becomes white
+    assert np.asarray(open_image(tmp_path / "above_one.tiff"))[0, :, 0].tolist() == [0, 102, 255]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -75,6 +79,8 @@ def test_exif_against_reference(tmp_path, orientation, min_side):
     reference = decoded(tmp_path / "x.jpg", apply_exif_orientation=True)
     pixels = open_image(tmp_path / "x.jpg", min_side=min_side)
     assert pixels.size == tuple(n // (4 if min_side else 1) for n in reference.shape[1::-1])
+    with Image.open(tmp_path / "x.jpg") as opened:
+        assert upright_size(tmp_path / "x.jpg") == upright_size(opened) == reference.shape[1::-1]
     difference = np.abs(np.asarray(pixels.resize((64, 64))).astype(int) - np.asarray(Image.fromarray(reference.astype(np.uint8)).resize((64, 64))))
     assert difference.max() <= 6 and difference.mean() < 1
 
@@ -191,3 +197,22 @@ def test_a_cache_that_is_deleted_in_between_is_made_anew(folder, tmp_path):
     shutil.rmtree(tmp_path / "kept")
     kept(tmp_path / "large.jpg")
     assert len(list((tmp_path / "kept").glob("*.jpg"))) == 1
+
+
+def test_pictures_that_differ_in_one_small_mark_are_no_doubles(tmp_path):
+    "An eighth of the size, at which fingerprints are taken, does not show it."
+    canvas = np.full((160, 160, 3), 120, np.uint8)
+    files = [tmp_path / "g.jpg", tmp_path / "h.jpg"]
+    Image.fromarray(canvas).save(files[0], quality=75)
+    canvas[80:82, 80:82] = [[[150] * 3, [90] * 3], [[90] * 3, [150] * 3]]
+    Image.fromarray(canvas).save(files[1], quality=75)
+    assert len(set(check_images(files)[1].values())) == 1
+    assert duplicate_images(pd.DataFrame(dict(file=["g.jpg", "h.jpg"], label=["x", "y"], split="train")), tmp_path).empty
+
+
+def test_the_same_pixels_in_both_splits(tmp_path):
+    "Three files with one picture under one label; only what is in both splits is named."
+    for name, seed in zip("abcd", (3, 3, 4, 4)): photograph(seed).save(tmp_path / f"{name}.jpg", comment=name.encode())
+    table = pd.DataFrame(dict(file=[f"{name}.jpg" for name in "abcd"], label="jay", split=["train", "valid", "train", "train"]))
+    found = duplicate_images(table, tmp_path)
+    assert found.file.tolist() == ["a.jpg", "b.jpg"] and set(found.problem) == {"train and valid"}
