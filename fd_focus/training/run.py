@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['make_loaders', 'make_learner', 'log_callback', 'versions', 'train', 'plot_curves', 'spread', 'regions_figure',
-           'write_run']
+           'write_run', 'write_examples']
 
 # %% ../../nbs/36_run.ipynb #72_run003
 import json
@@ -15,7 +15,7 @@ import re
 import sys
 import time
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from ..methods import METHODS, method_options
 from . import recipes    # noqa: F401 -- patches fit_paper and fit_modern into FocusLearner
 from .checkpoint import Checkpoint, KeepBest, _own, put, random_state, set_random_state, stoppable
 from .learner import FocusLearner, focus_learner, history
-from .settings import FOLDER_SETTINGS, Settings, method_arguments, read_settings, resolve, write_settings
+from .settings import FOLDER_SETTINGS, Settings, method_arguments, resolve, write_settings
 from .speed import speed_up
 
 # %% ../../nbs/36_run.ipynb #36_run_001
@@ -44,7 +44,7 @@ def _check_machine(s: Settings, processes: int) -> None:
                          f"at least {2 * processes}")
     if s.workers and sys.platform != "win32" and (start := multiprocessing.get_start_method()) != "fork":
         raise ValueError(f"workers={s.workers}: fastai's loaders cannot be sent to processes started by {start!r}; "
-                         "use workers=0, or multiprocessing.set_start_method('fork') first")   # on Windows they are not used
+                         "use workers=0, or multiprocessing.set_start_method('fork') first")
 
 def make_loaders(settings: Settings) -> FocusDataLoaders:
     "The pictures of a run, or this process's share of each batch. ValueError for data that the settings do not fit."
@@ -58,7 +58,8 @@ def make_loaders(settings: Settings) -> FocusDataLoaders:
     if dls.judged_by == "test" and (s.early_stop or s.keep_best):
         instead = "split='valid'" if s.data == "toy" else \
             "valid_pct to hold out a share of the training pictures, or add a validation half"
-        raise ValueError(f"test pictures are for a finished choice, but early_stop and keep_best choose the epoch on them; use {instead}")
+        raise ValueError("test pictures are for a finished choice, but early_stop and keep_best choose the epoch on "
+                         f"them; use {instead}")
     if len(dls.train_ds) < s.bs:
         raise ValueError(f"bs={s.bs} is more than the {len(dls.train_ds)} training pictures; use a smaller batch")
     return dls
@@ -69,7 +70,7 @@ def make_learner(settings: Settings) -> FocusLearner:
     s, takes = resolve(settings), method_options(METHODS[settings.method])
     options = method_arguments(s, takes)
     if s.input_size and "region_size" not in takes:
-        raise ValueError(f"input_size={s.input_size}: method {s.method!r} cuts no regions from a larger picture; use image_size")
+        raise ValueError(f"input_size={s.input_size}: method {s.method!r} cuts no regions; use image_size")
     if num_distrib() > 1 and torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     set_seed(s.seed, reproducible=True)
     dls = make_loaders(s)
@@ -120,7 +121,7 @@ def log_callback(
         raise ValueError(f"log={log!r} needs a package that is not installed ({error}): pip install {log}") from None
     if rank_distrib() == 0: wandb.init(project="fd_focus", group=Path(out).name, dir=str(out), config=asdict(settings))
     class Wandb(WandbCallback):
-        "fastai's, which reads a batch to describe the run; the random generators are put back, so that watching changes nothing."
+        "fastai's, which reads a batch; the random generators are put back, so that watching changes nothing."
         name = "wandb"
         def before_fit(self):
             loaders = [_own(dl) for dl in self.learn.dls]
@@ -141,9 +142,9 @@ def _checkpoint(s: Settings, out: str | Path, resume: bool) -> Checkpoint:
 
 def _callbacks(s: Settings, out: str | Path | None) -> list[Callback]:
     "What the settings ask for besides: the best weights, an early end, a log."
-    wanted = ((s.keep_best, KeepBest), (s.early_stop, lambda: EarlyStoppingCallback(monitor="accuracy", patience=s.early_stop)),
-              (s.log, lambda: log_callback(s, out)))
-    return [make() for asked, make in wanted if asked]
+    cbs = [KeepBest()] if s.keep_best else []
+    if s.early_stop: cbs.append(EarlyStoppingCallback(monitor="accuracy", patience=s.early_stop))
+    return cbs + ([log_callback(s, out)] if s.log else [])
 
 # %% ../../nbs/36_run.ipynb #72_run007d
 def versions() -> dict[str, str]:
@@ -168,15 +169,16 @@ def train(
     out: str | Path | None = None,            # a folder for checkpoints; None: no checkpoints
     resume: bool = False,                     # go on from the checkpoint in `out`
 ) -> tuple[FocusLearner, pd.DataFrame, dict]: # learner, table by epoch, summary
-    """Train from settings. The summary holds accuracy (0 to 1, of the weights that are kept), seconds, images_per_second, versions,
-    and the settings with everything filled in. ValueError for what does not fit together, before anything is trained."""
+    """Train from settings. The summary holds accuracy (0 to 1, of the weights that are kept), seconds,
+    images_per_second, versions, and all settings, filled in. ValueError for what does not fit together."""
     s = resolve(settings)
-    if out is None and (resume or s.log): raise ValueError(f"{'resume' if resume else 'log'} needs the folder `out` of the run")
+    if out is None and (resume or s.log):
+        raise ValueError(f"{'resume' if resume else 'log'} needs the folder `out` of the run")
     checkpoint = None if out is None else _checkpoint(s, out, resume)
     cbs = _callbacks(s, out)
     learn = make_learner(s)
     if resume: checkpoint.check(learn, s.epochs)
-    elif out is not None and rank_distrib() == 0: write_settings(s, out)     # not before the data and the network are there
+    elif out is not None and rank_distrib() == 0: write_settings(s, out)     # once data and network are there
     quiet, start = [] if bar else [learn.no_bar(), learn.no_logging()], time.perf_counter()
     with ExitStack() as stack:
         for context in [_sharing(learn), stoppable(learn), *quiet]: stack.enter_context(context)
@@ -194,13 +196,16 @@ def plot_curves(
     if missing := {"epoch", "train_loss", "valid_loss"} - set(metrics):
         raise ValueError(f"metrics have no column {', '.join(sorted(missing))}")
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for name, label in (("train_loss", "training (sum of the loss terms)"), ("valid_loss", "validation (the answer's loss)")):
-        left.plot(metrics.epoch + 1, metrics[name], marker=".", label=label)
+    labels = dict(train_loss="training (sum of the loss terms)", valid_loss="validation (the answer's loss)")
+    for name, label in labels.items(): left.plot(metrics.epoch + 1, metrics[name], marker=".", label=label)
     for name in [c for c in metrics if c.endswith("accuracy")]:
         right.plot(metrics.epoch + 1, 100 * metrics[name], marker=".", label=name.replace("_", " "))
     left.set(title="Loss", xlabel="epoch", ylabel="cross entropy, nats", ylim=(0, None))
     right.set(title="Validation accuracy", xlabel="epoch", ylabel="%", ylim=(0, 100))
-    for ax in (left, right): ax.legend(fontsize=8); ax.grid(alpha=.3)
+    for ax in (left, right):
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.legend(fontsize=8)
+        ax.grid(alpha=.3)
     return fig
 
 # %% ../../nbs/36_run.ipynb #72_run012
@@ -215,7 +220,8 @@ def _classes(dataset) -> list[int]: return [int(label) for label in dataset.tls[
 def _short(name, most: int = 24) -> str: return (text := str(name))[:most] + ("…" if len(text) > most else "")
 
 def regions_figure(learn: FocusLearner, k: int = 12):
-    "`k` validation pictures, spread over the classes, with regions and attention, titled by prediction. None where a method has neither."
+    """`k` validation pictures, spread over the classes, with regions and attention, titled by prediction.
+    None where a method has neither."""
     items = list(learn.dls.valid_ds.items)
     chosen = [items[i] for i in spread(_classes(learn.dls.valid_ds), k)]
     x, y = learn.dls.test_dl(chosen, with_labels=True, bs=k, num_workers=0).one_batch()
@@ -248,14 +254,15 @@ def write_examples(
     k: int = 4,              # how many; 0: none
     side: int = 512,         # of a square they fit into, pixels
 ) -> list[Path]:             # the files, numbered and named by class
-    """Validation pictures, spread over the classes, as JPEGs that the app can offer, in place of those of an earlier run.
+    """Validation pictures, spread over the classes, as JPEGs that the app can offer, in place of an earlier run's.
     ValueError if k < 0."""
     if k < 0: raise ValueError(f"k={k}; use a number of pictures, or 0 for none")
     valid, files, folder = learn.dls.valid_ds, [], Path(folder) / "examples"
     for number, i in enumerate(spread(_classes(valid), k), 1):
         picture, label = valid.tls[0][i].convert("RGB"), str(learn.dls.vocab[int(valid.tls[1][i])])
         picture.thumbnail((side, side))
-        files.append(folder / f"{number} {re.sub(r'[^\w +.-]', '_', label)[:80]}.jpg")
+        name = re.sub(r"[^\w +.-]", "_", label)[:80]
+        files.append(folder / f"{number} {name}.jpg")
         folder.mkdir(parents=True, exist_ok=True)
         put(files[-1], lambda part, picture=picture: picture.save(part, "JPEG", quality=90))
     for old in set(folder.glob("*.jpg")) - set(files):
