@@ -27,15 +27,15 @@ def feature_shape(
     parameter = next(body.parameters(), torch.zeros(()))
     try: maps = body.eval()(torch.zeros(1, 3, *size, device=parameter.device, dtype=parameter.dtype))
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:    # bodies say it in many ways
-        raise ValueError(f"the body cannot take an image of {size[0]}x{size[1]} pixels; use a larger image_size or the one "
-                         "it was made for, or another architecture: a body is layers in a row "
+        raise ValueError(f"the body cannot take an image of {size[0]}x{size[1]} pixels; use a larger image_size or the "
+                         "one it was made for, or another architecture: a body is layers in a row "
                          f"({error})") from error
     finally:
         for module, mode in modes: module.training = mode
     if not isinstance(maps, Tensor) or maps.ndim != 4:
         shape = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
-        raise ValueError(f"the body must return feature maps (B,n,h,w), but returned {shape}; cut it before its pooling "
-                         "or classifier")
+        raise ValueError(f"the body must return feature maps (B,n,h,w), but returned {shape}; "
+                         "cut it before its pooling or classifier")
     if min(maps.shape[2:]) < 1:
         raise ValueError(f"the body leaves no map of an image of {size[0]}x{size[1]} pixels; use a larger image_size")
     return tuple(maps.shape[1:])
@@ -100,7 +100,7 @@ def cut_layers(
 
 # %% ../nbs/14_bodies.ipynb #14_bodies_019
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))    # what Inception's weights want; torchvision's models rescale to it themselves
+_HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))    # what Inception's weights want; torchvision rescales in their forward
 
 def is_own(arch) -> bool:
     "A function of the user's: what it returns has the weights that it gave it."
@@ -164,6 +164,7 @@ def read_state(
             raise ValueError(f"{file} is no state dict that can be read safely: {error}") from error
     return state["state_dict"] if isinstance(state.get("state_dict"), dict) else state
 
+# %% ../nbs/14_bodies.ipynb #14_bodies_049
 def load_body_weights(
     model: nn.Module,         # the whole model whose names the file uses
     body: nn.Module,          # the part of it that must be filled
@@ -178,8 +179,9 @@ def load_body_weights(
     unexpected = sorted(name for name in set(state) - set(own) if name.split(".")[0] not in _TAILS | _ASIDE)
     shapes = sorted(f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
                     for name in needed & set(state) if state[name].shape != own[name].shape)
+    found = dict(missing=missing, unexpected=unexpected) | {"wrong shape": shapes}
     problems = [f"{title}: {', '.join(names[:12])}{f' and {len(names) - 12} more' if len(names) > 12 else ''}"
-                for title, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes)) if names]
+                for title, names in found.items() if names]
     if problems: raise ValueError(f"{Path(file).name} does not fit the body. " + "; ".join(problems))
     model.load_state_dict({name: state[name] for name in own if id(own[name]) in kept and name in state}, strict=False)
 
@@ -205,5 +207,7 @@ def create_body(
     model, layers, stats = build_model(arch, pretrained and weights is None, **arch_kwargs)
     body = _in_a_row(cut_layers(layers, cut))
     if weights is not None: load_body_weights(model, body, weights)
-    if not is_own(arch): body.source = BodySource(arch if isinstance(arch, str) else arch.__name__, cut, arch_kwargs, *stats)
+    if not is_own(arch):
+        name = arch if isinstance(arch, str) else arch.__name__
+        body.source = BodySource(name, cut, arch_kwargs, *stats)
     return body, stats
