@@ -36,7 +36,7 @@ from .learner import FocusLearner, focus_learner, history
 from .settings import FOLDER_SETTINGS, Settings, method_arguments, resolve, write_settings
 from .speed import speed_up
 
-# %% ../../nbs/36_run.ipynb #36_run_001
+# %% ../../nbs/36_run.ipynb #36_run_016
 def _check_machine(s: Settings, processes: int) -> None:
     "ValueError for a batch that processes cannot share, and for workers that cannot be started."
     if s.bs % processes or s.bs < 2 * processes:
@@ -76,7 +76,7 @@ def make_learner(settings: Settings) -> FocusLearner:
     dls = make_loaders(s)
     set_seed(s.seed, reproducible=True)
     dls.train.rng.seed(s.seed)
-    loss = FocusLoss(head_weights=s.head_weights, label_smoothing=s.label_smoothing)
+    loss = FocusLoss(head_weights=s.head_weights, label_smoothing=s.label_smoothing, distill=s.distill)
     learn = focus_learner(dls, s.arch, s.method, s.pretrained, s.weights, s.cut, loss_func=loss, wd=s.wd, **options)
     if s.head_weights: _check_head_weights(s.head_weights, learn.model)
     learn.unfreeze()
@@ -130,7 +130,7 @@ def log_callback(
             set_random_state(state, loaders)
     return Wandb(log_preds=False)
 
-# %% ../../nbs/36_run.ipynb #36_run_007
+# %% ../../nbs/36_run.ipynb #36_run_022
 def _checkpoint(s: Settings, out: str | Path, resume: bool) -> Checkpoint:
     "What saves the run in `out`, and goes on from there. ValueError where the run there had other settings."
     checkpoint, now = Checkpoint(out, resume, asdict(s)), asdict(s)
@@ -188,7 +188,7 @@ def train(
     kept = next((cb.epoch_kept for cb in cbs if isinstance(cb, KeepBest)), len(table) - 1)
     return learn, table, _summary(learn, table, s, kept, seconds)
 
-# %% ../../nbs/36_run.ipynb #36_run_009
+# %% ../../nbs/36_run.ipynb #36_run_024
 def plot_curves(
     metrics: pd.DataFrame,   # columns epoch, train_loss, valid_loss, and any accuracies
 ):

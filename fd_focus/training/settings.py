@@ -79,7 +79,8 @@ class MethodSettings:
     hybrid: bool | None = setting(None, "a head for image and regions together (True)")
     fusion: str | None = setting(None, "how it joins the regions' features: concat, mean (concat)")
     crop_norm: str | None = setting(None, "batch norm of regions: batch, as the image, or separate statistics (batch)")
-    answer: str | None = setting(None, "who answers: hybrid, or the ensemble of all heads (hybrid)")
+    answer: str | None = setting(None, "who answers: hybrid, ensemble of all heads, image, or adaptive (hybrid)")
+    look_again_below: float | None = setting(None, "adaptive: a smaller probability asks for a second look (0.9)")
     options: dict | None = setting(None, "other options of a method, name=value ...")
 
 # %% ../../nbs/35_settings.ipynb #35_settings_077
@@ -97,6 +98,7 @@ class RecipeSettings:
     bs: int = setting(32, "pictures a batch, of all processes together")
     seed: int = setting(0, "of the first weights, the order of the pictures and their augmentation")
     label_smoothing: float = setting(0., "share of the target that is spread over all classes")
+    distill: float = setting(0., "weight of the image head's learning from all heads together; 0: none")
     head_weights: dict | None = setting(None, "weights of loss terms, name=value ...; not given: the method's own")
     ema: float | None = setting(None, "modern: decay of a moving average of the weights, such as 0.99")
     mixup: float = setting(0., "modern: strength of MixUp; 0 is none")
@@ -250,7 +252,7 @@ def photos(method: str = "focus", image_size: int = 224) -> dict:
     "For photographs: a small first look, regions from a larger picture, and the mean of all heads as the answer."
     second_look = dict(input_size=2 * image_size, region_size=_even(image_size / 2),
                        zoom_size=_even(5 / 7 * image_size), m=4, l=2, fusion="mean", answer="ensemble")
-    return dict(image_size=image_size, recipe="one_cycle") | (second_look if method == "focus" else {})
+    return dict(image_size=image_size, recipe="one_cycle", distill=1.) | (second_look if method == "focus" else {})
 
 PRESETS = dict(paper=paper, photos=photos)
 
