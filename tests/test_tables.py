@@ -3,12 +3,13 @@ import shutil
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import photograph, two_classes
 
 from fd_focus.data.loaders import FocusDataLoaders
 from fd_focus.data.pictures import DataWarning
-from fd_focus.data.tables import check_apart, csv_table, folder_table
+from fd_focus.data.tables import check_apart, check_table, csv_table, folder_table, stratified_split
 
 pytestmark = pytest.mark.usefixtures("no_memory_of_earlier_checks")
 
@@ -188,3 +189,55 @@ def test_a_folder_to_be_written_is_no_class(folder):
     halves = folder.parent / "halves"
     for half in ("train", "test"): shutil.copytree(folder, halves / half)
     check_apart(halves / "runs", halves, "--out")                                # train/ and test/ say what the classes are
+
+
+@pytest.mark.parametrize("text, says", [
+    ("name,label\na.jpg,x\n", "has no column file; it has name, label"),
+    ("file,label\n", "has no rows"),
+    ("", "cannot be read as a CSV table in UTF-8: No columns"),
+    ("file,label,split\na.jpg,x,training\n", "unknown split training; use train, and valid or test"),
+    ("file,label\na.jpg,x\nb.jpg,x\na.jpg,y\n", "lists 1 files more than once, such as a.jpg on lines 2, 4"),
+    ("file,label,x0,y0,x1\na.jpg,x,1,2,3\n", "has x0, y0, x1; a box needs x0, y0, x1 and y1"),
+    ("file,label,x0,y0,x1,y1\na.jpg,x,1,2,30,40\nb.jpg,y,9,9,9,12\n", "the box on line 3 is empty"),
+])
+def test_what_is_wrong_with_a_csv(tmp_path, text, says):
+    (tmp_path / "sheet.csv").write_text(text)
+    with pytest.raises(ValueError, match=f"sheet.csv.*{says}"): csv_table(tmp_path / "sheet.csv")
+
+
+def test_a_csv_that_is_no_utf8(tmp_path):
+    (tmp_path / "sheet.csv").write_bytes("file,label\n1.jpg,Bussard\n2.jpg,Kr\xe4he\n".encode("latin1"))
+    with pytest.raises(ValueError, match="sheet.csv cannot be read as a CSV table in UTF-8: 'utf-8' codec"):
+        csv_table(tmp_path / "sheet.csv")
+    with pytest.raises(FileNotFoundError, match="no file .*gone.csv"): csv_table(tmp_path / "gone.csv")
+
+
+def test_folders_without_pictures(folder, tmp_path):
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(ValueError, match="no pictures in .*nothing: put them into one folder a class"):
+        folder_table(tmp_path / "nothing")
+    (folder / "finch").mkdir()
+    with pytest.raises(ValueError, match="class folders without pictures: finch; fill or remove them"): folder_table(folder)
+    (folder / "finch" / "a.heic").write_text("")
+    with pytest.warns(DataWarning), pytest.raises(ValueError, match="finch has .heic; known are .bmp"): folder_table(folder)
+
+
+def test_tables_that_cannot_be_trained_on(folder):
+    for splits, says in ((["train", "test"], "unknown split test in a table; use train and valid"),
+                         (["train", None], "unknown split"), (["train"] * 2, "there are no validation pictures"),
+                         (["valid"] * 2, "there are no training pictures")):
+        table = folder_table(folder).assign(split=splits * 8)
+        with pytest.raises(ValueError, match=says): check_table(table)
+        with pytest.raises(ValueError, match=says): FocusDataLoaders.from_table(table, folder, image_size=32, bs=4)
+    one = pd.DataFrame(dict(label=["a", "a"], split=["train", "valid"]))
+    with pytest.raises(ValueError, match="only one class, a"): check_table(one)
+    with pytest.raises(ValueError, match="classes of which no picture is left: b"): check_table(one, {"a", "b"})
+
+
+def test_a_share_of_every_class():
+    labels = pd.Series(list("aaaaaaaaaabbbbbcc") + ["d"])
+    for seed in range(5):
+        held = stratified_split(labels, .2, seed)
+        assert pd.Series(held).groupby(labels).sum().to_dict() == {"a": 2, "b": 1, "c": 1, "d": 0}
+    for pct in (0, 1, -.1):
+        with pytest.raises(ValueError, match="use a share between 0 and 1"): stratified_split(labels, pct)
