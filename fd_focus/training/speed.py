@@ -29,6 +29,7 @@ from torch.optim.sgd import sgd
 from torch.utils.checkpoint import checkpoint
 
 from ..methods import bare
+from .learner import FocusLearner
 
 # %% ../../nbs/34_speed.ipynb #71_speed006
 def held_memory(
@@ -59,16 +60,14 @@ class BFloat16(Callback):
     "The network's products in bfloat16, in training and validation, on a CPU or a GPU; output and loss in float32."
     order = MixedPrecision.order
     def before_fit(self):
-        if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False): raise ValueError("this GPU has no bfloat16; use amp='fp32'")
-    def before_batch(self):
-        # A forward pass that casts, once: whatever goes wrong in it, neither the process nor the model stays in half precision.
-        model, cast = self.model, torch.autocast(next(self.model.parameters()).device.type, torch.bfloat16)
-        def forward(*args, **kwargs):
-            model.__dict__.pop("forward", None)
-            with cast: return model.forward(*args, **kwargs)
-        model.forward = forward
+        if not isinstance(self.learn, FocusLearner): raise TypeError("BFloat16 is for a FocusLearner; focus_learner makes one")
+        if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise ValueError("this GPU has no bfloat16; use amp='fp32'")
+        device = next(self.model.parameters()).device.type
+        self.learn.precision = partial(torch.autocast, device, torch.bfloat16)
     def after_pred(self): self.learn.pred = to_float(self.pred)
-    def after_cancel_batch(self): self.model.__dict__.pop("forward", None)
+    def let_go(self): self.learn.__dict__.pop("precision", None)      # a FocusLearner calls it also after an error
+    def after_fit(self): self.let_go()
 
 # %% ../../nbs/34_speed.ipynb #71_speed012
 def _need_compiler(device: str):
