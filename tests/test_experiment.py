@@ -1,4 +1,5 @@
 "An experiment that is killed goes on; what it keeps is enough to compute its statistics again."
+import json
 import signal
 import subprocess
 import sys
@@ -8,58 +9,151 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
-from fd_focus.evidence.experiment import load_plan, paired_difference, summarise
+from fd_focus.evidence.experiment import (PlannedRun, _same, keep_predictions, load_plan, paired_difference,
+                                          plot_results, read_predictions, read_rows, run_experiment, summarise)
+from fd_focus.training.settings import Settings
 
 BIN = Path(sys.executable).parent
+RESULTS = Path(__file__).parent.parent / "results"
 PLAN = """
-base: {arch: toy_resnet, image_size: 48, epochs: 1, bs: 8, n_classes: 3, images_per_class: 8}
+base: {arch: toy_resnet, pretrained: false, image_size: 48, epochs: 1, bs: 8, n_classes: 3, images_per_class: 8}
 variants:
-  plain: {plain: true}
+  plain: {method: plain}
   focus: {}
 seeds: [0, 1]
 """
+RUN = "import sys; from fd_focus.evidence.experiment import run_experiment; run_experiment(sys.argv[1])"
 
 
 @pytest.fixture
-def plan(tmp_path):
-    (tmp_path / "plan.yaml").write_text(PLAN)
-    return tmp_path / "plan.yaml"
+def folder(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "plan.yaml").write_text(PLAN)
+    return tmp_path / "mine"
 
 
-def test_killed_and_started_again(plan, tmp_path):
-    csv = tmp_path / "results.csv"
-    args = [BIN / "fd_focus_experiment", plan, "--out", csv]
-    first = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not csv.is_file() and first.poll() is None: time.sleep(.02)      # one row is there: the others are not finished
-    first.send_signal(signal.SIGKILL); first.communicate()
-    before = pd.read_csv(csv)
+def test_killed_and_started_again(folder):
+    first = subprocess.Popen([sys.executable, "-c", RUN, folder], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not (folder / "rows.csv").is_file() and first.poll() is None: time.sleep(.02)      # one run is finished
+    if sys.platform != "win32":                                   # there is no such lock on Windows
+        first.send_signal(signal.SIGSTOP)
+        with pytest.raises(RuntimeError, match="another process works on"): run_experiment(folder)
+    first.kill(); first.communicate()
+    before = read_rows(folder)
     assert 1 <= len(before) < 4 and (before.status == "ok").all()
-    second = subprocess.run(args, capture_output=True, text=True)
-    assert second.returncode == 0, second.stderr
-    after = pd.read_csv(csv)
-    assert len(after) == 4 and (after.status == "ok").all()
-    pd.testing.assert_frame_equal(after.loc[: len(before) - 1, before.columns], before)     # finished rows were left alone
-    assert second.stdout.count(" seed ") == 4 - len(before) and "gain" in second.stdout
-    kept = np.load(csv.with_suffix("") / "default--focus--1.npz")
-    assert np.isclose((kept["answer"].argmax(1) == kept["target"]).mean(), after.query("variant == 'focus' and seed == 1").accuracy.iloc[0])
-    table = summarise(csv)
+    for run in zip(before.data, before.variant, before.seed): assert len(read_predictions(folder, *run)["answer"])
+    said = []
+    after = run_experiment(folder, say=said.append)
+    assert len(said) == 4 - len(before) and len(after) == 4 and (after.status == "ok").all()
+    again = read_rows(folder)
+    pd.testing.assert_frame_equal(again.loc[: len(before) - 1, before.columns], before)    # left alone
+    kept = read_predictions(folder, "default", "focus", 1)
+    accuracy = again.query("variant == 'focus' and seed == 1").accuracy.iloc[0]
+    assert np.isclose((kept["answer"].argmax(1) == kept["target"]).mean(), accuracy)
+    table = summarise(folder)
     assert np.isclose(table.gain[1], table.accuracy[1] - table.accuracy[0])
-    np.savez(csv.with_suffix("") / "default--focus--1.npz", **dict(kept, files=kept["files"][::-1]))
-    with pytest.raises(ValueError, match="focus, seed 1 judged other pictures than plain, seed 0"): summarise(csv)
+    assert plot_results(folder)
+    keep_predictions(folder, load_plan(folder)[3], dict(kept, files=kept["files"][::-1]))
+    with pytest.raises(ValueError, match="focus, seed 1 judged other pictures than plain, seed 0"): summarise(folder)
 
 
-def test_bad_plans_end_with_a_sentence(tmp_path):
+def test_a_changed_plan_runs_what_changed(folder):
+    run_experiment(folder, say=lambda line: None)
+    plan = yaml.safe_load(PLAN)
+    plan["variants"] = {"plain": {"method": "plain"}, "focus": {"l": 1}}
+    (folder / "plan.yaml").write_text(yaml.safe_dump(plan))
+    before, said = read_predictions(folder, "default", "focus", 0), []
+    rows = run_experiment(folder, say=said.append)
+    assert len(rows) == 4 and len(said) == 2 and all("focus" in line for line in said)
+    assert not np.array_equal(read_predictions(folder, "default", "focus", 0)["answer"], before["answer"])
+
+
+def test_results_elsewhere_have_their_plan(folder, tmp_path):
+    (file := tmp_path / "trial.yaml").write_text(PLAN.replace("[0, 1]", "[0]"))
+    quiet = lambda line: None
+    run_experiment(file, say=quiet)
+    assert len(read_rows(tmp_path / "trial")) == 2
+    assert (tmp_path / "trial" / "plan.yaml").read_text() == file.read_text()
+    with pytest.raises(ValueError, match="has another plan"): run_experiment(file, folder, quiet)
+    with pytest.raises(ValueError, match="is a file; name a folder"): run_experiment(file, tmp_path / "rows.csv", quiet)
+    with pytest.raises(ValueError, match="need a folder"): run_experiment(load_plan(file))
+
+
+@pytest.mark.parametrize("text, told", [
+    ("variants: {a: {colour: red}}\nseeds: [0]", "unknown setting colour"),
+    ("variants: {a: {epoch: 3}}\nseeds: [0]", r"did you mean epochs\?"),
+    ("variants: {a: {}}", "has no seeds"),
+    ("just text", "holds no plan"),
+    ("a: [1", "is not YAML"),
+    ("variants: {a: {}}\nseeds: [0]\nepochs: 3\n7: 1", "unknown keys 7, epochs"),
+    ("variants: [plain]\nseeds: [0]", r"variants is \['plain'\]; write it like variants: {"),
+    ("variants: {a: {}}\nseeds: 3", r"seeds is 3; write it like seeds: \[0, 1, 2\]"),
+    ("variants: {a: 3}\nseeds: [0]", "variants, a is 3; write its settings like"),
+    ("variants: {a: {}}\nseeds: [x]", "seeds are whole numbers, not 'x'"),
+    ("data: my_photos\nvariants: {a: {}}\nseeds: [0]", "data is 'my_photos'; write it like data: {mine: {data"),
+    ("variants: {a: {}}\nseeds: []", "seeds is empty"),
+    ("variants: {a: {}}\nseeds: [0]\nretired: [b]", r"retired is \['b'\]; write it like"),
+    ("data: {a/b: {}, a: {}}\nvariants: {c: {}, b/c: {}}\nseeds: [0]", "can't be told apart"),
+])
+def test_bad_plans(tmp_path, text, told):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(ValueError, match=told): load_plan(tmp_path / "bad.yaml")
+
+
+def test_names_that_yaml_reads_as_something_else(tmp_path):
+    plan = "variants: {2: {l: 2}, off: {hybrid: false}}\nseeds: [0]\nretired: {gone: {colour: red}}"
+    (tmp_path / "plan.yaml").write_text(plan)
+    assert [run.variant for run in load_plan(tmp_path)] == ["2", "False"]
+
+
+def test_odd_names_keep_their_predictions(tmp_path):
+    keys = [("d", "lr 1", 0), ("d", "lr_1", 0), ("d", "a/0", 1), ("d", "a", 0), ("d", "50 %: ä", 0)]
+    for number, key in enumerate(keys):
+        found = dict(answer=np.full((2, 3), number), target=np.arange(2))
+        keep_predictions(tmp_path, PlannedRun(*key, Settings()), found)
+    for number, key in enumerate(keys):
+        kept = read_predictions(tmp_path, *key)
+        assert sorted(kept) == ["answer", "target"] and (kept["answer"] == number).all()
+
+
+def test_what_is_missing_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no plan"): load_plan(tmp_path)
+    with pytest.raises(FileNotFoundError, match="run fd_focus_experiment"): summarise(tmp_path)
+    with pytest.raises(ValueError, match="measure='luck' is none of accuracy, cross_entropy"):
+        summarise(RESULTS / "cars_lr", measure="luck")
+    with pytest.raises(ValueError, match="head='third' is none of answer"): summarise(RESULTS / "cars_lr", head="third")
+    with pytest.raises(ValueError, match=r"must both be \(seeds, pictures\)"):
+        paired_difference(np.ones((2, 3)), np.ones((2, 4)))
+
+
+def test_the_command_ends_with_a_sentence(tmp_path):
     (tmp_path / "bad.yaml").write_text("variants: {a: {epoch: 3}}\nseeds: [0]")
-    run = subprocess.run([BIN / "fd_focus_experiment", tmp_path / "bad.yaml", "--out", tmp_path / "r.csv"], capture_output=True, text=True)
-    assert run.returncode != 0 and "unknown setting epoch (did you mean epochs?)" in run.stderr and "Traceback" not in run.stderr
+    run = subprocess.run([BIN / "fd_focus_experiment", tmp_path / "bad.yaml"], capture_output=True, text=True)
+    assert run.returncode != 0 and "Traceback" not in run.stderr
+    assert "unknown setting epoch (did you mean epochs?)" in run.stderr
 
 
-def test_committed_plans_can_be_read():
-    folder = Path(__file__).parent.parent / "nbs" / "tutorials" / "results"
-    plans = sorted(folder.glob("*.yaml"))
-    assert plans
-    for plan in plans: assert any(run.variant.startswith("plain") for run in load_plan(plan))
+@pytest.mark.parametrize("question", sorted(path.parent.name for path in RESULTS.glob("*/plan.yaml")))
+def test_results_of_the_repository(question):
+    "Every row belongs to the plan or is retired, has its predictions, and would not be run again."
+    folder = RESULTS / question
+    rows, runs = read_rows(folder), {run.key: run for run in load_plan(folder)}
+    retired = yaml.safe_load((folder / "plan.yaml").read_text()).get("retired", {})
+    assert (rows.status == "ok").all() and rows.accuracy.between(0, 1).all()
+    assert (folder / "NOTES.md").is_file()
+    assert any(variant.startswith("plain") for _, variant, _ in runs)
+    keys = list(zip(rows.data, rows.variant, rows.seed))
+    assert len(set(keys)) == len(keys)
+    for key, row in zip(keys, rows.itertuples()):
+        kept = read_predictions(folder, *key)
+        draws_anew = row.variant == "random regions"          # these rows looked elsewhere each time
+        tolerance = .06 if draws_anew else 1.1 / len(kept["target"])      # half precision: one picture
+        assert abs((kept["answer"].argmax(1) == kept["target"]).mean() - row.accuracy) <= tolerance
+        if key in runs: assert _same(row.settings, runs[key].settings), json.loads(row.settings)
+        else: assert row.variant in retired
+    assert len(summarise(folder, rows.variant[0])) == rows.variant.nunique()
 
 
 def test_interval_narrows_with_pictures():
