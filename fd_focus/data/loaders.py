@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['paper_transforms', 'BalancedDL', 'FocusDataLoaders', 'loader_speed']
 
-# %% ../../nbs/24_loaders.ipynb #24_loaders_009
+# %% ../../nbs/24_loaders.ipynb #24_loaders_002
 import time
 import warnings
 from pathlib import Path
@@ -28,7 +28,7 @@ from torch import Tensor
 from .benchmarks import aircraft_folder, aircraft_table, cars_folder, cars_table, cub_folder, cub_table
 from .pictures import DataWarning, ReducedPictures, check_images, duplicate_images, open_image, upright_size
 from .tables import check_apart, check_table, csv_table, folder_table
-from .truth import draw_truth, place_points, points_truth, send_points, truth_points
+from .truth import draw_truth, place_points, from_points, send_points, to_points
 from ..toy import ToyItem, ToyLabeller, toy_items
 
 # %% ../../nbs/24_loaders.ipynb #60_data030
@@ -94,7 +94,7 @@ def _target_side(item_tfms: list) -> int | None:
     first = item_tfms[0] if item_tfms else None
     return max(first.size) if isinstance(first, Resize) else None
 
-# %% ../../nbs/24_loaders.ipynb #24_loaders_011
+# %% ../../nbs/24_loaders.ipynb #24_loaders_004
 def _ten(lines: list[str]) -> str:
     return "\n  ".join(lines[:10]) + (f"\n  and {len(lines) - 10} more" if len(lines) > 10 else "")
 
@@ -146,7 +146,7 @@ class FocusDataLoaders(DataLoaders):
         self.geometry = None     # (side resized to, squashed?) of `paper_transforms`; None: other transforms
         return self
 
-# %% ../../nbs/24_loaders.ipynb #24_loaders_012
+# %% ../../nbs/24_loaders.ipynb #24_loaders_005
 def _check_arguments(on_bad_image, on_duplicate, item_tfms, resize, squash, kwargs):
     _known(kwargs)
     if on_bad_image not in ("error", "skip"): raise ValueError(f"on_bad_image={on_bad_image!r}; use 'error' or 'skip'")
@@ -318,33 +318,33 @@ def pictures_with_truth(self: FocusDataLoaders,
     split: str = "train",            # whose pictures and transforms: 'train' (random crop and flip) or 'valid'
     items: list | None = None,       # which; None: the first `n` that the loader would draw
     n: int = 9,
-) -> tuple[Tensor, list[str], dict[str, np.ndarray]]:   # pictures (B,3,H,W) from 0 to 1; labels; see `points_truth`
+) -> tuple[Tensor, list[str], dict[str, np.ndarray]]:   # pictures (B,3,H,W) from 0 to 1; labels; see `from_points`
     "Pictures as the network sees them (but for normalisation), with boxes and parts. ValueError where none are known."
     split_idx = ("train", "valid").index(split)
     dl = self.loaders[split_idx]
     if items is None: items = [dl.dataset.items[i] for i in list(dl.get_idxs())[:n]]
     rows, sizes = self._rows(items)
     read = dl.dataset.tfms[0].fs[0]
-    x, points = self._send([read(item) for item in items], truth_points(rows, sizes), split_idx)
-    return x, rows.label.tolist(), points_truth(points, rows, x.shape[:1:-1])
+    x, points = self._send([read(item) for item in items], to_points(rows, sizes), split_idx)
+    return x, rows.label.tolist(), from_points(points, rows, x.shape[:1:-1])
 
 # %% ../../nbs/24_loaders.ipynb #60_data042
 @patch
 def truth(self: FocusDataLoaders,
     items: list,               # items of the validation set
-) -> dict[str, np.ndarray]:    # see `points_truth`: pixels of the network's input
+) -> dict[str, np.ndarray]:    # see `from_points`: pixels of the network's input
     """Boxes and parts as validation pictures show them, without opening one. Boxes end at the picture's border,
     parts beyond it are not visible. ValueError where the table has none."""
     rows, sizes = self._rows(items)
-    points = truth_points(rows, sizes)
+    points = to_points(rows, sizes)
     if self.geometry is not None:
         resize, squash = self.geometry
         points = place_points(points, sizes, resize, self.image_size, squash)
-        return points_truth(points, rows, [self.image_size] * 2)
+        return from_points(points, rows, [self.image_size] * 2)
     def blank(size): return PILImage.create(Image.new("RGB", tuple(int(side) for side in size)))
     sent = [self._send([blank(size) for size in sizes[i:i + 64]], points[i:i + 64], 1)      # other transforms, in parts
             for i in range(0, len(rows), 64)]
-    return points_truth(np.concatenate([places for _, places in sent]), rows, sent[0][0].shape[:1:-1])
+    return from_points(np.concatenate([places for _, places in sent]), rows, sent[0][0].shape[:1:-1])
 
 # %% ../../nbs/24_loaders.ipynb #60_data044
 @patch
