@@ -6,7 +6,8 @@
 __all__ = ['TOY_SETTINGS', 'FOLDER_SETTINGS', 'RECIPES', 'GROUPS', 'PRESETS', 'NONE_GIVEN', 'setting', 'DataSettings',
            'BodySettings', 'MethodSettings', 'RecipeSettings', 'MachineSettings', 'checked', 'Settings',
            'workers_to_spare', 'resolve', 'method_arguments', 'check_settings', 'read_settings', 'write_settings',
-           'paper', 'photos', 'make_settings', 'parsed', 'options_of', 'add_flag', 'spelled', 'parse', 'make_parser']
+           'paper', 'photos', 'expand', 'make_settings', 'parsed', 'options_of', 'add_flag', 'spelled', 'parse',
+           'make_parser']
 
 # %% ../../nbs/35_settings.ipynb #35_settings_064
 import argparse
@@ -257,17 +258,20 @@ def photos(method: str = "focus", image_size: int = 224) -> dict:
 PRESETS = dict(paper=paper, photos=photos)
 
 # %% ../../nbs/35_settings.ipynb #35_settings_103
-def make_settings(
+def expand(
     values: dict,    # setting -> value, and perhaps `preset`
-) -> Settings:
-    """Settings by name, as from a file or a command line; a preset sets defaults, and the other values win over it.
-    ValueError as for `Settings`."""
+) -> dict:           # the same without `preset`, and with its values where nothing else is said
+    "Put a preset's values in place of its name. ValueError as for `check_settings`, and for an unknown preset."
     values = check_settings(values, ("preset",))
     preset = values.pop("preset", None)
-    if preset is None: return Settings(**values)
+    if preset is None: return values
     if preset not in PRESETS: raise ValueError(f"preset={preset!r} is none of {', '.join(map(repr, PRESETS))}")
     shaped_by = {name: values[name] for name in ("method", "image_size") if name in values}
-    return Settings(**PRESETS[preset](**shaped_by) | values)
+    return PRESETS[preset](**shaped_by) | values
+
+def make_settings(values: dict) -> Settings:
+    "Settings by name, as from a file or a command line, perhaps with a `preset`. ValueError as for `Settings`."
+    return Settings(**expand(values))
 
 # %% ../../nbs/35_settings.ipynb #35_settings_106
 def _value(text: str):
