@@ -16,12 +16,14 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .attention import attention_map
-from .methods import Look, Method, mean_of_heads
 from .bodies import feature_shape
+from .methods import Look, Method, mean_of_heads
 from .regions import _pair, propose_from_table, region_grid, suppression_table
 from .zoom import zoom
 
 # %% ../nbs/16_focus.ipynb #16_focus_008
+ANSWERS = ("hybrid", "ensemble", "image", "adaptive")
+
 def _one_of(name, value, choices):
     if value not in choices: raise ValueError(f"{name}={value!r} is none of {choices}")
     return value
@@ -31,8 +33,6 @@ def _share_of(size: tuple[int, int], share: float, step: int = 1) -> tuple[int, 
     return tuple(max(step, round(side * share / step) * step) for side in size)
 
 # %% ../nbs/16_focus.ipynb #16_focus_009
-ANSWERS = ("hybrid", "ensemble", "image", "adaptive")
-
 class FocusNet(Method):
     "Focus and discriminate: attention, regions, zoom and three heads around one shared body (section 3)."
     def __init__(self,
@@ -48,15 +48,15 @@ class FocusNet(Method):
         attention: str = "max",           # 'max' over all classes' CAMs (Eq. 2), or a 'single' class's
         hybrid: bool = True,              # False: no hybrid head, the image head answers (an ablation of the paper)
         fusion: str = "concat",           # of the l regions' features: 'concat' (the paper), or their 'mean'
-        crop_norm: str = "batch",         # batch norm's running statistics: 'batch' one set, fed by images and crops, or 'separate'
-        answer: str = "hybrid",           # who answers: the 'hybrid' head (the paper), the 'ensemble' of all heads, the 'image' head
-                                          # after one look, or 'adaptive': the ensemble where the image head is unsure
+        crop_norm: str = "batch",         # batch norm's running statistics: 'batch' one set for all, or 'separate'
+        answer: str = "hybrid",           # 'hybrid' head (the paper), 'ensemble' of all heads, 'image' head (one look),
+                                          # or 'adaptive': the ensemble where the image head is unsure
         look_again_below: float = 0.9,    # 'adaptive': a smaller largest probability of the image head is unsure
     ):
         super().__init__(body, n_classes, image_size)
         if not 0 <= l <= m: raise ValueError(f"l={l} regions are to be used of m={m}; l must be from 0 to m")
         if m > (cells := self.map_size[0] * self.map_size[1]):
-            raise ValueError(f"m={m} regions, but the body's {self.map_size[0]}x{self.map_size[1]} map has only {cells} cells")
+            raise ValueError(f"m={m} regions, but the body's map has only {cells} cells")
         self.m, self.l, self.iou_threshold, self.sigma, self.hybrid = m, l, iou_threshold, sigma, hybrid
         self.attention = _one_of("attention", attention, ("max", "single"))
         self.fusion = _one_of("fusion", fusion, ("concat", "mean"))
@@ -76,9 +76,6 @@ class FocusNet(Method):
         self.terms = ("image",) + ("region",) * (m > 0) + ("hybrid",) * hybrid
         self.heads = ("image",) + ("region",) * (m > 0) + ("ensemble",)
 
-    def extra_repr(self):
-        return f"image_size={self.image_size}, region_size={self.region_size}, zoom_size={self.zoom_size}, m={self.m}, l={self.l}"
-
 # %% ../nbs/16_focus.ipynb #16_focus_011
 @patch
 def attend(self: FocusNet,
@@ -86,20 +83,22 @@ def attend(self: FocusNet,
     logits: Tensor,                # (B,C) of the image head
     target: Tensor | None = None,  # (B,) true classes, where they are known
 ) -> Tensor:                       # (B,h,w)
-    "Where to look (Eq. 2). With attention='single' the CAM of the true class in training, of the predicted one otherwise."
+    "Where to look (Eq. 2). With attention='single': the CAM of the true class in training, else of the predicted one."
     if self.attention == "max": return attention_map(maps, self.image_head.weight, sigma=self.sigma)
     if target is None:
         if self.training:
-            raise ValueError("attention='single' needs the true classes in training: model(x, target); focus_learner passes them")
+            raise ValueError("attention='single' needs the true classes in training: model(x, target); "
+                             "focus_learner passes them")
         target = logits.argmax(1)
     return attention_map(maps, self.image_head.weight, target, self.sigma)
 
+# %% ../nbs/16_focus.ipynb #16_focus_021
 @patch
 def first_look(self: FocusNet,
     x: Tensor,                     # (B,3,H,W) normalised images of `image_size` or larger
     k: int,                        # regions to propose
     target: Tensor | None = None,  # (B,) true classes, see `attend`
-) -> tuple[Tensor, ...]:           # F^I (B,n), image logits (B,C), M (B,h,w), scores (B,k), boxes (B,k,4) in pixels of `x`
+) -> tuple[Tensor, ...]:           # F^I (B,n), image logits (B,C), M (B,h,w), scores (B,k), boxes (B,k,4) in `x`
     "Look at the image as a whole, and say where to look again. ValueError if `x` is too small."
     small = x
     if tuple(x.shape[2:]) != self.image_size:
@@ -107,12 +106,12 @@ def first_look(self: FocusNet,
             raise ValueError(f"images of {tuple(x.shape[2:])} pixels are smaller than image_size={self.image_size}; "
                              "resize them to it or larger")
         small = F.interpolate(x, size=self.image_size, mode="bilinear", antialias=True, align_corners=False)
-    maps = self.body(small)
-    pooled = maps.mean((2, 3))
-    logits = self.image_head(pooled)
-    attention = self.attend(maps, logits, target)
+    maps = self.body(small)                                  # Z (B,n,h,w)
+    pooled = maps.mean((2, 3))                               # F^I (B,n)
+    logits = self.image_head(pooled)                         # (B,C)
+    attention = self.attend(maps, logits, target)            # M (B,h,w)
     cells = propose_from_table(attention, self.suppresses, k)
-    boxes = self.grid[cells]
+    boxes = self.grid[cells]                                 # (B,k,4)
     if small is not x:    # numbers, not tensors: a tensor made here would wait for the device
         scale = x.shape[3] / self.image_size[1], x.shape[2] / self.image_size[0]
         boxes = torch.stack([boxes[..., side] * scale[side % 2] for side in range(4)], -1)
@@ -161,6 +160,17 @@ def forward(self: FocusNet,
     outputs = dict(image=logits, region=self.region_head(regions))
     return outputs | dict(hybrid=self.hybrid_logits(image, regions)) if self.hybrid else outputs
 
+# %% ../nbs/16_focus.ipynb #16_focus_026
+@patch
+def teacher(self: FocusNet, outputs: dict) -> Tensor:
+    "Mean of all heads (B,C), the region head with its first l regions."
+    return mean_of_heads([logits[:, :self.l] if name == "region" else logits for name, logits in outputs.items()])
+
+@patch(as_prop=True)
+def used(self: FocusNet) -> int:
+    "Regions that the answer needs."
+    return self.l if self.answer in ("ensemble", "adaptive") or self.answer == "hybrid" and self.hybrid else 0
+
 @patch
 def _look(self: FocusNet, x: Tensor, k: int, shown: int) -> Look:
     "Propose `shown` regions, and look at the first `k` of them."
@@ -176,29 +186,15 @@ def _look(self: FocusNet, x: Tensor, k: int, shown: int) -> Look:
     head = self.answer if self.answer != "hybrid" or self.hybrid else "image"
     return Look(heads[head], heads, boxes, scores, attention)
 
-@patch
-def teacher(self: FocusNet, outputs: dict) -> Tensor:
-    "Mean of all heads (B,C), the region head with its first l regions."
-    return mean_of_heads([logits[:, :self.l] if name == "region" else logits for name, logits in outputs.items()])
-
+# %% ../nbs/16_focus.ipynb #16_focus_028
 @patch
 def unsure(self: FocusNet, logits: Tensor) -> Tensor:
     "(B,) bool: where the image head's largest probability is below `look_again_below`."
     return logits.softmax(1).amax(1) < self.look_again_below
 
-@patch(as_prop=True)
-def used(self: FocusNet) -> int:
-    "Regions that the answer needs."
-    return self.l if self.answer in ("ensemble", "adaptive") or self.answer == "hybrid" and self.hybrid else 0
-
-@patch
-def look(self: FocusNet, x: Tensor) -> Look:
-    "The answer with the regions it rests on; the top m where it rests on none."
-    return self._look_again(x) if self.answer == "adaptive" else self._look(x, self.used, self.used or self.m)
-
 @patch
 def _look_again(self: FocusNet, x: Tensor) -> Look:
-    "One look; the pictures of which the image head is unsure, and only they, get the second look and the ensemble's answer."
+    "One look; only where the image head is unsure, the second look and the ensemble's answer."
     image, logits, attention, scores, boxes = self.first_look(x, self.l)
     unsure, answer = self.unsure(logits), logits
     rows = unsure.nonzero()[:, 0]                        # the one wait for the device
@@ -208,6 +204,11 @@ def _look_again(self: FocusNet, x: Tensor) -> Look:
         if self.hybrid: heads["hybrid"] = self.hybrid_logits(image[rows], features)
         answer = answer.index_copy(0, rows, self.teacher(heads).to(answer.dtype))
     return Look(answer, dict(image=logits), boxes, scores, attention, unsure)
+
+@patch
+def look(self: FocusNet, x: Tensor) -> Look:
+    "The answer with the regions it rests on; the top m where it rests on none."
+    return self._look_again(x) if self.answer == "adaptive" else self._look(x, self.used, self.used or self.m)
 
 @patch
 def examine(self: FocusNet, x: Tensor) -> Look:
@@ -228,3 +229,8 @@ class PassTarget(Callback):
 def callbacks(self: FocusNet) -> list:
     "For attention='single', what passes the true classes."
     return [PassTarget()] if self.attention == "single" else []
+
+@patch
+def extra_repr(self: FocusNet) -> str:
+    sizes = f"image_size={self.image_size}, region_size={self.region_size}, zoom_size={self.zoom_size}"
+    return f"{sizes}, m={self.m}, l={self.l}"
