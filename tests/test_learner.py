@@ -1,9 +1,11 @@
 "Training with fastai's own tools around it: what breaks off, what schedules, what logs, what is exported."
 import contextlib
-import math
+import warnings
 from dataclasses import replace
 from functools import partial
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback
@@ -12,13 +14,17 @@ from fastai.callback.tracker import SaveModelCallback
 from fastai.learner import load_learner
 from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
+from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, Normalize, Resize, get_image_files, parent_label
 
-from fd_focus.training.checkpoint import KeepBest
+from fd_focus.bodies import toy_resnet
 from fd_focus.data.loaders import FocusDataLoaders
-from fd_focus.training.learner import AverageWeights, ImageFirst, focus_learner, history
+from fd_focus.data.pictures import DataWarning
 from fd_focus.loss import FocusLoss
-from fd_focus.model import toy_resnet
-from fd_focus.training.run import Settings, train
+from fd_focus.toy import ToyBirds
+from fd_focus.training.learner import FocusInterpretation, HeadAccuracy, StopOnNaN, focus_learner, history
+from fd_focus.training.recipes import AverageWeights
+from fd_focus.training.run import train
+from fd_focus.training.settings import Settings
 from fd_focus.training.speed import BFloat16, CheckpointBody, CompileBody, FusedSGD, speed_up
 
 SMALL = Settings(arch="toy_resnet", image_size=48, epochs=2, bs=8, n_classes=3, images_per_class=8, valid_per_class=3)
@@ -61,29 +67,22 @@ def test_a_search_for_a_rate_leaves_averaged_weights_alone(dls, tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{}, dict(mom=.9), dict(mom=.9, decouple_wd=False)])
-@pytest.mark.parametrize("how,cbs", [("fit", []), ("fit_one_cycle", []), ("fit", [ImageFirst(1)])])
-def test_fused_sgd_is_sgd(dls, settings, how, cbs):
-    "Also where a schedule moves the momentum, and where heads begin to learn later than the body."
+@pytest.mark.parametrize("how", ["fit", "fit_one_cycle"])
+def test_fused_sgd_is_sgd(dls, settings, how):
+    "Also where a schedule moves the momentum."
     ends = []
     for opt_func in (SGD, FusedSGD):
         set_seed(0, reproducible=True)
         dls.train.rng.seed(0)
-        learn = fit(focus_learner(dls, "toy_resnet", pretrained=False, opt_func=partial(opt_func, **settings)), 2, how, cbs=cbs)
+        learn = fit(focus_learner(dls, "toy_resnet", pretrained=False, opt_func=partial(opt_func, **settings)), 2, how)
         ends.append(torch.cat([p.detach().flatten() for p in learn.model.parameters()]))
     torch.testing.assert_close(*ends, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("tracker", [lambda: KeepBest("image_accuracy"), lambda: SaveModelCallback(monitor="ensemble_accuracy")])
-def test_trackers_wait_for_heads_that_do_not_learn_yet(dls, tmp_path, tracker):
-    learn = fit(focus_learner(dls, "toy_resnet", pretrained=False, path=tmp_path), 2, cbs=[ImageFirst(1), tracker()])
-    table = history(learn)
-    assert math.isnan(table.image_accuracy[0]) and table.image_accuracy[1] >= 0
-
-
-@pytest.mark.parametrize("settings", [dict(image_first=1), dict(recipe="modern", mixup=.2)])
-def test_figures_that_do_not_exist_yet_can_be_logged(tmp_path, settings):
+def test_figures_that_do_not_exist_can_be_logged(tmp_path):
+    "With MixUp, which blends two losses, the terms of the loss are no numbers."
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
-    _, table, _ = train(replace(SMALL, log="tensorboard", **settings), bar=False, out=tmp_path)
+    _, table, _ = train(replace(SMALL, log="tensorboard", recipe="modern", mixup=.2), bar=False, out=tmp_path)
     assert len(table) == 2 and list((tmp_path / "tensorboard").rglob("events*"))
 
 
@@ -91,7 +90,7 @@ def test_resuming_with_other_settings_is_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr("fd_focus.training.run.stoppable", lambda learn: learn.added_cbs([Stop(training=False)]))
         with pytest.raises(KeyboardInterrupt): train(SMALL, bar=False, out=tmp_path)
-    with pytest.raises(ValueError, match=r"checkpoint.pt is of a run with other settings: lr=0.01 \(there: 0.004\), sigma=2.0 \(there: 1.0\)"):
+    with pytest.raises(ValueError, match=r"checkpoint.pt is of a run with other settings: sigma=2.0 \(there: None\), lr=0.01 \(there: 0.004\)"):
         train(replace(SMALL, lr=1e-2, sigma=2.), bar=False, out=tmp_path, resume=True)
     _, table, _ = train(SMALL, bar=False, out=tmp_path, resume=True)
     assert len(table) == 2
@@ -107,7 +106,7 @@ def test_a_broken_off_mixup_gives_the_loss_back(dls):
 def test_a_broken_off_validation_keeps_no_batch(dls):
     learn = focus_learner(dls, "toy_resnet", pretrained=False)
     with contextlib.suppress(KeyboardInterrupt): fit(learn, cbs=[Stop(training=False)])
-    assert not learn.model.keep_focus and learn.model.last_focus is None
+    assert learn.seen is None
 
 
 def test_arguments_that_would_do_nothing_are_refused(dls):
@@ -150,3 +149,110 @@ def test_a_history_that_is_lost_says_so(dls):
     assert len(history(learn)) == 2
     with learn.no_bar(), learn.no_logging(): learn.validate()
     with pytest.raises(ValueError, match="has forgotten the fit: take its history before"): history(learn)
+
+
+class Poison(Callback):
+    "A weight becomes infinite before one batch of training."
+    def __init__(self, epoch, batch): self.at = epoch, batch
+    def before_batch(self):
+        if self.training and (self.epoch, self.iter) == self.at: self.model.image_head.bias.data[0] = float("inf")
+
+
+@pytest.mark.parametrize("every", [None, 4, 50])
+def test_the_first_broken_batch_is_named(dls, every):
+    "Read at once, as on a CPU, some batches later, or at the end of the epoch, as on a GPU."
+    learn = focus_learner(dls, "toy_resnet", pretrained=False, cbs=[Poison(1, 1)])
+    learn.remove_cb(StopOnNaN).add_cb(StopOnNaN(every))
+    with pytest.raises(FloatingPointError, match="became (nan|inf) in epoch 2, batch 2, at learning rate 1.0e-03"): fit(learn, 3)
+
+
+def test_a_broken_loss_ends_the_search_for_a_rate(dls, tmp_path):
+    learn = focus_learner(dls, "toy_resnet", pretrained=False, cbs=[Poison(1, 2)], path=tmp_path)
+    before = {name: tensor.clone() for name, tensor in learn.model.state_dict().items()}
+    with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=30, show_plot=False, suggest_funcs=())
+    assert len(learn.recorder.losses) == len(dls.train) + 2             # the broken one is not among them
+    assert all(tensor.equal(before[name]) for name, tensor in learn.model.state_dict().items())
+
+
+def birds(folder):
+    drawings = ToyBirds(images_per_class=6, n_classes=3, image_size=64)
+    for i in range(len(drawings)):
+        picture, label = drawings[i]
+        (folder / f"class {label}").mkdir(exist_ok=True)
+        picture.save(folder / f"class {label}" / f"{i}.png")
+    return folder
+
+
+def test_any_image_dataloaders_will_do(tmp_path):
+    "They are normalised once, for the first body; a second one that was made for other figures gets a warning."
+    block = DataBlock((ImageBlock, CategoryBlock), get_items=get_image_files, get_y=parent_label, item_tfms=Resize(64))
+    dls = block.dataloaders(birds(tmp_path), bs=6)
+    learn = fit(focus_learner(dls, "toy_resnet", pretrained=False))
+    assert learn.model.image_size == (64, 64) and np.isfinite(learn.recorder.values[-1][0])
+    with learn.no_bar(): assert len(learn.get_preds()[0]) == len(dls.valid_ds)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DataWarning)
+        focus_learner(dls, "toy_resnet", pretrained=False)
+    with pytest.warns(DataWarning, match="dls normalises with mean .0.485.* but googlenet was made for .0.5"):
+        focus_learner(dls, "googlenet", pretrained=False, image_size=96, m=2, l=2)
+    assert sum(isinstance(t, Normalize) for t in dls.after_batch.fs) == 1
+
+
+def test_a_body_of_ones_own_is_not_frozen(dls):
+    learn = focus_learner(dls, lambda: torch.nn.Sequential(torch.nn.Conv2d(3, 8, 8, 8)))
+    learn.create_opt()
+    assert learn.opt.frozen_idx == 0
+
+
+def test_titles_say_what_is_right(dls):
+    learn = focus_learner(dls, "toy_resnet", pretrained=False)
+    titles = [ax.title for ax in learn.show_results(max_n=3).axes if ax.get_title()]
+    assert len(titles) == 3
+    for title in titles: assert title.get_color() == ("green" if len(set(title.get_text().split(" /\n"))) == 1 else "red")
+    with learn.no_bar(): worst = FocusInterpretation.from_learner(learn)
+    titles = [ax.get_title() for ax in worst.plot_top_losses(2).axes if ax.get_title()]
+    for title, loss in zip(titles, worst.top_losses(2)[0], strict=True): assert f"loss {loss:.2f}" in title
+    plain = focus_learner(dls, "toy_resnet", "plain", pretrained=False)
+    assert len(plain.show_results(max_n=2).axes) == 2 and plain.see(dls.valid.one_batch())[1].boxes is None
+    plt.close("all")
+
+
+@pytest.mark.parametrize("options", [dict(attention="single"), dict(hybrid=False), dict(fusion="mean", crop_norm="separate"),
+                                     dict(m=0, l=0), dict(answer="ensemble")], ids=str)
+def test_every_variant_trains(dls, options):
+    learn = fit(focus_learner(dls, "toy_resnet", pretrained=False, **options))
+    assert np.isfinite(learn.recorder.values[-1][0])
+    if options.get("hybrid") is False: assert "train_hybrid_loss" not in learn.recorder.metric_names
+
+
+def test_half_precision_and_back(dls):
+    learn = focus_learner(dls, "toy_resnet", pretrained=False)
+    fit(learn.to_fp16())
+    fit(learn.to_fp32())
+
+
+class Kinds(HeadAccuracy):
+    "Notes the type of what the image head has said."
+    def accumulate(self, learn): self.found = learn.seen.heads["image"].dtype
+
+
+def test_metrics_see_the_network_in_its_precision(dls):
+    learn = focus_learner(dls, "toy_resnet", pretrained=False, metrics=[kinds := Kinds("image")])
+    fit(speed_up(learn, amp="bf16"))
+    assert kinds.found == torch.bfloat16 and "precision" not in vars(learn)
+    fit(speed_up(learn, amp="fp32"))
+    assert kinds.found == torch.float32
+
+
+@pytest.mark.parametrize("method", ["focus", "plain"])
+def test_a_compiled_network_shows_its_heads(dls, method):
+    "torch.compile wraps the network; what is looked at is the network itself."
+    learn = focus_learner(dls, "toy_resnet", method, pretrained=False)
+    learn.model = torch.compile(learn.model, backend="eager")
+    table = history(fit(learn))
+    assert not table.isna().any(axis=None)
+
+
+def test_options_that_nobody_knows_are_refused(dls):
+    with pytest.raises(TypeError, match="fusoin"): focus_learner(dls, "toy_resnet", pretrained=False, fusoin="mean")
+    with pytest.raises(ValueError, match="no pretrained weights"): focus_learner(dls, "toy_resnet")

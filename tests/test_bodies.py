@@ -1,8 +1,9 @@
-"Bodies by name, weights from files, and what the method promises about cost."
+"Bodies by name, and weights from files."
 import pytest
 import torch
 
-from fd_focus.model import FocusNet, create_body, feature_shape
+from fd_focus.bodies import create_body, feature_shape
+from fd_focus.focus import FocusNet
 
 
 @pytest.mark.parametrize("arch,channels", [("resnet18", 512), ("mobilenet_v2", 1280), ("efficientnet_b0", 1280), ("convnext_tiny", 768),
@@ -27,24 +28,6 @@ def test_real_weights(data, arch, file, cut, channels):
 def test_weights_beyond_the_file(data):
     with pytest.raises(ValueError, match="missing: layer4.0"):
         create_body("resnet18", weights=data / "weights" / "resnet18_imagenet_to_layer3.pth")
-
-
-def test_prediction_looks_at_fewer_regions():
-    net = FocusNet.from_arch("toy_resnet", 3, pretrained=False, image_size=64)
-    seen = []
-    net.body.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
-    with torch.no_grad():
-        net.train()(torch.rand(2, 3, 64, 64))
-        net.eval()(torch.rand(2, 3, 64, 64))
-    assert seen == [2, 12, 2, 8]
-
-
-def test_one_graph_without_host_waits():
-    "torch.compile with fullgraph proves that nothing leaves the graph."
-    net = FocusNet.from_arch("toy_resnet", 3, pretrained=False, image_size=64).eval()
-    x = torch.rand(2, 3, 64, 64)
-    compiled = torch.compile(net, backend="eager", fullgraph=True)
-    with torch.no_grad(): assert torch.allclose(compiled(x), net(x), atol=1e-5)
 
 
 @pytest.mark.parametrize("arch,size,shape", [("googlenet", 224, (1024, 7, 7)), ("inception_v3", 299, (2048, 8, 8))])
