@@ -19,29 +19,38 @@ from ..evidence.calibration import confused_pairs, expected_calibration_error
 from .predict import FocusClassifier
 
 # %% ../../nbs/63_evaluate.ipynb #93_evaluate006
+def _listed(file: Path, split: str | None) -> pd.DataFrame:
+    "Rows of a split.csv, of one split or all."
+    table = csv_rows(file)
+    if split is None: return table
+    there = set(table.split.dropna()) if "split" in table else set()
+    if split not in there:
+        raise ValueError(f"{file} has no rows of split {split!r}; it has {some_names(there) or 'no splits'}")
+    return table[table.split == split]
+
+def _found(folder: Path, split: str | None) -> tuple[Path, pd.DataFrame]:
+    "The folder of the class folders, and its pictures."
+    def holds(): return some_names((entry.name for entry in folder.iterdir()), 5) or "nothing"
+    if split is not None and not (folder / split).is_dir():
+        raise FileNotFoundError(f"no folder {folder / split}; {folder} holds {holds()}")
+    folder = folder if split is None else folder / split
+    table = class_folders(folder)
+    if not len(table): raise ValueError(f"no pictures in class folders of {folder}; it holds {holds()}")
+    return folder, table
+
 def labelled_pictures(
     folder: str | Path,       # class folders, or a split.csv of file,label,split
     classes: Iterable[str],   # that the model knows
     split: str | None = None, # a part of it: the sub-folder, or the rows of split.csv, of this name; None: all
 ) -> pd.DataFrame:            # columns file (with the folder), label
-    "What to judge a model by, read as for training. FileNotFoundError or ValueError say what was looked for; DataWarning says what is left out."
+    "What to judge a model by, read as for training. Errors say what was looked for; DataWarning what is left out."
     folder, classes = Path(folder), set(classes)
     if not folder.is_dir(): raise FileNotFoundError(f"no folder {folder}")
-    file, holds = folder / "split.csv", lambda: some_names((entry.name for entry in folder.iterdir()), 5) or "nothing"
-    if file.is_file():
-        table = csv_rows(file)
-        if split is not None:
-            there = set(table.split.dropna()) if "split" in table else set()
-            if split not in there: raise ValueError(f"{file} has no rows of split {split!r}; it has {some_names(there) or 'no splits'}")
-            table = table[table.split == split]
-    else:
-        if split is not None:
-            if not (folder / split).is_dir(): raise FileNotFoundError(f"no folder {folder / split}; {folder} holds {holds()}")
-            folder = folder / split
-        table = class_folders(folder)
-        if not len(table): raise ValueError(f"no pictures in class folders of {folder}; it holds {holds()}")
+    file = folder / "split.csv"
+    folder, table = (folder, _listed(file, split)) if file.is_file() else _found(folder, split)
     if unknown := set(table.label) - classes:
-        raise ValueError(f"{folder} has pictures of {some_names(unknown, 5)}, which the model does not know: its classes are {some_names(classes, 5)}. Is a part of it meant (split='test')?")
+        raise ValueError(f"{folder} has pictures of {some_names(unknown, 5)}, which the model does not know: its classes are "
+                         f"{some_names(classes, 5)}. Is a part of it meant (split='test')?")
     return pd.DataFrame(dict(file=[str(folder / name) for name in table.file], label=list(table.label)))
 
 # %% ../../nbs/63_evaluate.ipynb #93_evaluate008
@@ -57,33 +66,47 @@ class Evaluation:
     confused: pd.DataFrame      # is, taken_for, count, of; most frequent first
 
     def __str__(self):
-        n, failed = len(self.rows), int((self.rows.error != "").sum())
-        lines = [f"{100 * self.accuracy:.1f} % of {n} pictures right (95 % interval {100 * self.interval[0]:.1f} to {100 * self.interval[1]:.1f})"]
-        if failed: lines.append(f"{failed} could not be read and count as wrong: {self.rows.file[self.rows.error != ''].iloc[0]}{', ...' if failed > 1 else ''}")
+        low, high = (f"{100 * share:.1f}" for share in self.interval)
+        lines = [f"{100 * self.accuracy:.1f} % of {len(self.rows)} pictures right (95 % interval {low} to {high})"]
+        failed = self.rows.file[self.rows.error != ""]
+        if len(failed):
+            more = ", ..." if len(failed) > 1 else ""
+            lines.append(f"{len(failed)} could not be read and count as wrong: {failed.iloc[0]}{more}")
         if self.sure is not None:
-            lines.append(f"sure of {100 * self.sure:.1f} %" + (f", and right in {100 * self.sure_accuracy:.1f} % of those" if self.sure_accuracy is not None else ""))
+            right = "" if self.sure_accuracy is None else f", and right in {100 * self.sure_accuracy:.1f} % of those"
+            lines.append(f"sure of {100 * self.sure:.1f} %{right}")
         lines.append(f"calibration error {100 * self.ece:.1f} %")
-        lines += [f"{row.is_} taken for {row.taken_for}: {row.count_} of {row.of}" for row in self.confused.head(5).rename(columns={"is": "is_", "count": "count_"}).itertuples()]
+        for is_, taken_for, count, of in self.confused.head(5)[["is", "taken_for", "count", "of"]].to_numpy():
+            lines.append(f"{is_} taken for {taken_for}: {count} of {of}")
         return "\n".join(lines)
 
 # %% ../../nbs/63_evaluate.ipynb #93_evaluate008c
+def _rows(classifier: FocusClassifier, pictures: pd.DataFrame, bs: int, workers: int) -> tuple[pd.DataFrame, torch.Tensor]:
+    "A row a picture, and the probabilities (N,C) of those that were answered. ValueError if none was."
+    rows, answered = [], []
+    for (file, found), label in zip(classifier.stream(pictures.file, bs, workers), pictures.label):
+        if isinstance(found, Exception): rows.append((file, label, "", float("nan"), False, str(found)))
+        else:
+            rows.append((file, label, found.label, found.probability, found.sure, ""))
+            answered.append(found.probabilities)
+    rows = pd.DataFrame(rows, columns=["file", "label", "answer", "probability", "sure", "error"])
+    if answered: return rows, torch.stack(answered)
+    raise ValueError(f"none of the {len(rows)} pictures could be read; the first: {rows.error.iloc[0]}")
+
 def evaluate(
     classifier: FocusClassifier,
     pictures: pd.DataFrame,     # columns file, label, from `labelled_pictures`
     bs: int = 16, workers: int = 2,   # see `FocusClassifier.stream`
 ) -> Evaluation:
-    "Answer every picture as in use, and count."
-    place, rows, known, answered = {name: i for i, name in enumerate(classifier.classes)}, [], [], []
-    for (file, found), label in zip(classifier.stream(pictures.file, bs, workers), pictures.label):
-        if isinstance(found, Exception): rows.append((file, label, "", float("nan"), False, str(found))); continue
-        rows.append((file, label, found.label, found.probability, found.sure, ""))
-        known.append(place[label]); answered.append(found.probabilities)
-    rows = pd.DataFrame(rows, columns=["file", "label", "answer", "probability", "sure", "error"])
-    if not answered: raise ValueError(f"none of the {len(rows)} pictures could be read; the first: {rows.error.iloc[0]}")
-    probabilities, targets, right = torch.stack(answered), torch.tensor(known), rows.label == rows.answer
+    "Answer every picture as in use, and count. ValueError if none could be read."
+    rows, probabilities = _rows(classifier, pictures, bs, workers)
+    read, right = rows[rows.error == ""], rows.label == rows.answer
+    targets = torch.tensor([classifier.classes.index(label) for label in read.label])
     ci = binomtest(int(right.sum()), len(rows)).proportion_ci(method="wilson")
-    judged = rows.sure[rows.error == ""]
-    sure = None if judged.isna().all() else rows.sure.fillna(False).astype(bool)
-    return Evaluation(rows, float(right.mean()), (float(ci.low), float(ci.high)), None if sure is None else float(sure.mean()),
-                      float(right[sure].mean()) if sure is not None and sure.any() else None,
-                      expected_calibration_error(probabilities, targets), confused_pairs(probabilities.log(), targets, classifier.classes))
+    sure = None if read.sure.isna().all() else rows.sure.fillna(False).astype(bool)
+    return Evaluation(
+        rows, accuracy=float(right.mean()), interval=(float(ci.low), float(ci.high)),
+        sure=None if sure is None else float(sure.mean()),
+        sure_accuracy=float(right[sure].mean()) if sure is not None and sure.any() else None,
+        ece=expected_calibration_error(probabilities, targets),
+        confused=confused_pairs(probabilities.log(), targets, classifier.classes))
