@@ -3,17 +3,26 @@ import inspect
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
-from fd_focus.evidence.bench import SECTIONS, Clock, bars, bench_growth, bench_step, floor_step, make_net, one_staged, stages, training_step
+import fd_focus.focus
+from fd_focus.bodies import toy_resnet
+from fd_focus.evidence.bench import SECTIONS, bars, bench_growth
+from fd_focus.evidence.timing import (Clock, bench_prediction, bench_step, body_inputs, floor_step, make_net,
+                                      one_staged, stages, training_step)
+from fd_focus.loss import FocusLoss
+from fd_focus.methods import METHODS, Method
+from fd_focus.training.speed import FusedAdam
 
 
 def run(*args, cwd):
     script = cwd / "fd_focus_bench.py"      # what the installed command is
     script.write_text("from fd_focus.use.cli import fd_focus_bench\nfd_focus_bench()\n")
-    return subprocess.run([sys.executable, "-W", "ignore", str(script), *args], cwd=cwd, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-W", "ignore", str(script), *args]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 def test_command_writes_a_file_and_keeps_other_sections(tmp_path):
@@ -22,9 +31,11 @@ def test_command_writes_a_file_and_keeps_other_sections(tmp_path):
     assert first.returncode == 0, first.stderr
     assert "prediction ÷ body alone" in first.stdout
     saved = json.loads(file.read_text())
-    assert saved["quick"] and saved["machine"]["threads"] == 1 and {"reading", "prediction"} <= set(saved) and "step" not in saved
+    assert saved["quick"] and saved["machine"]["threads"] == 1
+    assert {"reading", "prediction"} <= set(saved) and "step" not in saved
     other = run("--quick", "--only", "step", "--out", str(file), "--threads", "2", cwd=tmp_path)
-    assert other.returncode == 1 and "bench.json has prediction, reading of another machine, device or number of threads" in other.stderr and json.loads(file.read_text()) == saved
+    assert other.returncode == 1 and json.loads(file.read_text()) == saved
+    assert "bench.json has prediction, reading of another machine, device or number of threads" in other.stderr
     second = run("--quick", "--only", "step", "--out", str(file), "--threads", "1", cwd=tmp_path)
     assert second.returncode == 0, second.stderr
     both = json.loads(file.read_text())
@@ -33,7 +44,8 @@ def test_command_writes_a_file_and_keeps_other_sections(tmp_path):
 
 
 def test_command_explains_bad_input(tmp_path):
-    for args, message in ((("--only", "colour"), "no section colour; there are " + ", ".join(SECTIONS)), (("--threads", "0"), "threads=0; use 1 or more")):
+    for args, message in ((("--only", "colour"), "no section colour; there are " + ", ".join(SECTIONS)),
+                          (("--threads", "0"), "threads=0; use 1 or more")):
         done = run(*args, cwd=tmp_path)
         assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
 
@@ -47,24 +59,20 @@ def test_full_run_measures_what_the_bars_ask_for():
 
 
 def test_stages_leave_nothing_behind():
-    import fd_focus.model as model
-    net, clock = make_net("toy_resnet", 64, 4), Clock()
-    functions = model.attention_map, model.propose_from_table, model.zoom
+    net, clock, focus = make_net("toy_resnet", 64, 4), Clock(), fd_focus.focus
+    functions = focus.attention_map, focus.propose_from_table, focus.zoom
     with pytest.raises(RuntimeError):
         with stages(net, clock): raise RuntimeError
-    assert (model.attention_map, model.propose_from_table, model.zoom) == functions
+    assert (focus.attention_map, focus.propose_from_table, focus.zoom) == functions
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
 
 
 @pytest.mark.parametrize("slow", ["attention", "propose", "zoom", "loss", "optimiser"])
 def test_a_slow_stage_shows_where_it_is(slow, monkeypatch):
     "A wait put into one stage appears in that stage and in no other."
-    import time
-
-    import fd_focus.model as model
-    from fd_focus.loss import FocusLoss
-    from fd_focus.training.speed import FusedAdam
-    place = dict(attention=(model, "attention_map"), propose=(model, "propose_from_table"), zoom=(model, "zoom"), loss=(FocusLoss, "forward"), optimiser=(FusedAdam, "step"))[slow]
+    focus = fd_focus.focus
+    place = dict(attention=(focus, "attention_map"), propose=(focus, "propose_from_table"), zoom=(focus, "zoom"),
+                 loss=(FocusLoss, "forward"), optimiser=(FusedAdam, "step"))[slow]
     whole = getattr(*place)
     def waiting(*args, **kwargs):
         time.sleep(.3)
@@ -73,15 +81,52 @@ def test_a_slow_stage_shows_where_it_is(slow, monkeypatch):
     net, clock = make_net("toy_resnet", 64, 4), Clock()
     seconds = one_staged(net, training_step(net, 2, clock=clock), clock)
     assert seconds[slow] >= .3
-    assert all(value < .3 for name, value in seconds.items() if name not in (slow, "whole", "backward", "image pass", "crops' pass"))
+    busy = (slow, "whole", "backward", "body, 64×64", "body, 32×32")
+    assert all(value < .3 for name, value in seconds.items() if name not in busy)
 
 
 def test_floor_has_gradients_for_the_whole_body_and_leaves_none():
     net, seen = make_net("toy_resnet", 64, 4), []
     for p in net.body.parameters(): p.register_post_accumulate_grad_hook(lambda p: seen.append(id(p)))
-    floor_step(net, 2, 6)()
+    floor_step(net, 2)()
     assert set(seen) == {id(p) for p in net.body.parameters()}
     assert all(p.grad is None for p in net.body.parameters())
+
+
+def test_bodies_of_their_own_for_crops_are_part_of_the_floor():
+    net = make_net("toy_resnet", 64, 4, crop_norm="separate", m=3, l=2)
+    assert body_inputs(net, 2, train=True) == [(0, (2, 3, 64, 64)), (1, (6, 3, 32, 32))]
+    assert body_inputs(net, 2, train=False) == [(0, (2, 3, 64, 64)), (1, (4, 3, 32, 32))]
+    floor_step(net, 2)()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
+class TwoLooks(Method):
+    "A method of one's own with two bodies and a head that has no name here."
+    def __init__(self, body, n_classes, image_size=64):
+        super().__init__(body, n_classes, image_size)
+        self.second, self.says = toy_resnet((8, 16, 32)), torch.nn.Linear(self.n_features + 32, n_classes)
+    @property
+    def bodies(self): return [self.body, self.second]
+    def forward(self, x, target=None):
+        small = torch.nn.functional.avg_pool2d(x, 2)
+        logits = self.says(torch.cat([self.body(x).mean((2, 3)), self.second(small).mean((2, 3))], 1))
+        return {"both": logits} if self.training else logits
+
+
+def test_any_method_has_a_floor_and_stages():
+    found = bench_step("toy_resnet", 64, 4, 3, repeats=2, method=TwoLooks)
+    assert found["inputs"] == [(0, (4, 3, 64, 64)), (1, (4, 3, 32, 32))]
+    names = [row["stage"] for row in found["stages"]]
+    assert names == ["body, 64×64", "body, 32×32", "heads", "loss", "backward", "optimiser", "rest"]
+    assert found["locating"]["median"] == 0
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_method_of_the_library_can_be_timed(method):
+    for found in (bench_step("toy_resnet", 96, 2, 3, repeats=1, method=method),
+                  bench_prediction("toy_resnet", 96, 2, 3, repeats=1, method=method)):
+        assert found["ratio"]["median"] > 0 and found["inputs"][0] == (0, (2, 3, 96, 96))
 
 
 def test_bars_follow_the_numbers():

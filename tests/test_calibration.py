@@ -1,0 +1,188 @@
+"Confusions and calibration: properties, and independent references."
+import math
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.calibration import calibration_curve
+
+import fd_focus.evidence.calibration
+from fd_focus.data.loaders import FocusDataLoaders
+from fd_focus.evidence.calibration import (calibrate, confidence_threshold, confused_pairs, expected_calibration_error,
+                                           fit_temperature, plot_confused, predictions, reliability,
+                                           reliability_diagram)
+from fd_focus.training.learner import focus_learner
+from fd_focus.use.model_folder import load_focus, save_focus
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture(scope="module")
+def learn():
+    "An untrained network on twelve validation birds of three classes, in batches of five."
+    torch.manual_seed(0)
+    dls = FocusDataLoaders.from_toy(4, 4, n_classes=3, bs=5)
+    return focus_learner(dls, "toy_resnet", pretrained=False)
+
+
+def test_confusions(learn):
+    logits = torch.eye(3)[torch.tensor([0, 0, 1, 1, 1, 2, 2, 0])]
+    targets = torch.tensor([0, 1, 1, 2, 2, 2, 1, 0])
+    pairs = confused_pairs(logits, targets, ["a", "b", "c"])
+    assert pairs.values.tolist() == [["c", "b", 2, 3], ["b", "a", 1, 3], ["b", "c", 1, 3]]
+    assert len(confused_pairs(logits, targets, "abc", 1)) == 1
+    assert confused_pairs(torch.eye(3), torch.arange(3), "abc").empty
+    own, truth = predictions(learn)
+    labels = learn.dls.table.label[[str(item) for item in learn.dls.valid_ds.items]]
+    assert own.shape == (12, 3) and truth.tolist() == [list(learn.dls.vocab).index(label) for label in labels]
+    worst = confused_pairs(own, truth, learn.dls.vocab).iloc[0]
+    titles = [ax.get_title("left") for ax in plot_confused(learn, pairs=1, examples=2).get_axes()]
+    assert any(f"taken for {worst.taken_for}, {worst['count']} of {worst.of}" in title for title in titles)
+    plain = focus_learner(learn.dls, "toy_resnet", pretrained=False, method="plain")
+    assert plot_confused(plain, pairs=1) is not None
+
+
+def test_nothing_confused_is_said(learn, monkeypatch):
+    targets = torch.arange(12) % 3
+    monkeypatch.setattr(fd_focus.evidence.calibration, "predictions", lambda learn: (torch.eye(3)[targets], targets))
+    with pytest.raises(ValueError, match="no validation picture is taken for another class"): plot_confused(learn)
+
+
+def drawn(n=3000, classes=8, seed=0, sharpen=1.):
+    "Logits, and targets drawn from the probabilities they mean before they are sharpened."
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(n, classes, generator=g) * 2
+    return logits * sharpen, torch.multinomial(logits.softmax(1), 1, generator=g)[:, 0]
+
+
+@pytest.mark.parametrize("sharpen", [.3, 1., 2.5])
+def test_temperature_undoes_sharpening(sharpen):
+    logits, targets = drawn(sharpen=sharpen)
+    temperature = fit_temperature(logits, targets)
+    assert abs(temperature / sharpen - 1) < .08                        # three standard errors at 3,000 answers
+    assert ((logits / temperature).argmax(1) == logits.argmax(1)).all()
+    loss = lambda t: torch.nn.functional.cross_entropy(logits / t, targets).item()
+    assert loss(temperature) <= min(loss(temperature * f) for f in (.9, .97, 1.03, 1.1))
+
+
+def test_the_usual_temperature_is_the_most_likely_one():
+    "Against a fine grid: the case without an error changes nothing where there are some, few or many."
+    for wrong in (1, 3, 300):
+        logits, targets = drawn(n=600, sharpen=2.)
+        guess = logits.argmax(1)
+        targets = torch.where(torch.arange(600) < wrong, targets.where(targets != guess, (guess + 1) % 8), guess)
+        grid = np.geomspace(1 / 20, 20, 6001)                           # steps of a thousandth
+        losses = [torch.nn.functional.cross_entropy(logits.double() / t, targets).item() for t in grid]
+        assert math.isclose(fit_temperature(logits, targets), grid[np.argmin(losses)], rel_tol=1e-3), wrong
+
+
+@pytest.mark.parametrize("scale", [.01, .3, 5., 1000.])
+def test_no_temperature_without_an_error(scale):
+    "A network that hesitates, but is right each time, is not made to sound sure; one that is sure stays so."
+    right, logits = torch.arange(40) % 4, torch.eye(4)[torch.arange(40) % 4] * scale
+    assert fit_temperature(logits, right) == 1
+    assert fit_temperature(torch.zeros(40, 4), right) == 1             # says nothing at all
+    assert fit_temperature(logits, right.flip(0)) > 1
+    assert fit_temperature(logits[:1], right[:1]) == 1
+
+
+def test_a_tie_is_no_error_to_judge_by():
+    "The one wrong answer is wrong by a hair: no temperature could mend it, and the others would take the smallest."
+    right, logits = torch.arange(40) % 4, 5. * torch.eye(4, dtype=torch.double)[torch.arange(40) % 4]
+    logits[0, 1] = logits[0, 0] + 1e-9
+    assert logits[0].argmax() != right[0] and fit_temperature(logits, right) == 1
+
+
+def test_calibrating_where_all_is_right(learn, monkeypatch):
+    targets = torch.arange(60) % 3
+    hesitant = torch.eye(3)[targets] * torch.linspace(.3, 2, 60)[:, None]
+    monkeypatch.setattr(fd_focus.evidence.calibration, "predictions", lambda learn: (hesitant, targets))
+    found = calibrate(learn)
+    lowest = hesitant.softmax(1).max(1).values.min()
+    assert (found.temperature, found.sure_accuracy, found.sure_share) == (1, 1, 1)
+    assert math.isclose(found.threshold, lowest, abs_tol=1e-6) and found.ece == found.ece_calibrated
+
+
+def test_never_sure_is_not_only_sure_at_one():
+    "Float32 has probabilities of 1.0: they may count as sure where nothing else does; or there is no threshold."
+    certain = torch.eye(2)[torch.zeros(20, dtype=torch.long)]
+    right = confidence_threshold(certain, torch.zeros(20))
+    assert (right.probability, right.accuracy, right.share) == (1, 1, 1)
+    wrong = confidence_threshold(certain, torch.ones(20))
+    assert wrong.probability == 2 and math.isnan(wrong.accuracy) and wrong.share == 0
+    assert not (certain >= wrong.probability).any()
+
+
+def test_reliability_against_sklearn():
+    logits, targets = drawn(sharpen=2.)
+    probabilities = logits.softmax(1)
+    confidence, guess = probabilities.max(1)
+    right, mean = calibration_curve((guess == targets).numpy(), confidence.numpy(), n_bins=15)
+    table = reliability(probabilities, targets, 15)
+    assert np.allclose(table.accuracy, right) and np.allclose(table.confidence, mean, atol=1e-6)
+    assert table["count"].sum() == 3000
+    expected = float((table["count"] / 3000 * np.abs(right - mean)).sum())
+    assert math.isclose(expected_calibration_error(probabilities, targets), expected, abs_tol=1e-6)
+
+
+def test_ece_of_extremes():
+    sure = torch.eye(2)[torch.zeros(10, dtype=torch.long)]
+    assert expected_calibration_error(sure, torch.zeros(10)) == 0
+    assert expected_calibration_error(sure, torch.ones(10)) == 1
+    with pytest.raises(ValueError, match="bins=0"): reliability(sure, torch.zeros(10), 0)
+
+
+def test_reliability_diagram_draws_into_axes():
+    logits, targets = drawn(300)
+    figure, ax = plt.subplots()
+    assert reliability_diagram(logits.softmax(1), targets, ax=ax) is figure and "ECE" in ax.get_title()
+    assert reliability_diagram(logits.softmax(1), targets) is not figure
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.floats(.3, 1.), st.integers(1, 20))
+def test_threshold_is_the_smallest_that_keeps_the_promise(seed, accuracy, least):
+    g = torch.Generator().manual_seed(seed)
+    probabilities = (torch.randint(0, 6, (40, 3), generator=g) + .01).div(3).softmax(1)         # many ties
+    targets = torch.randint(0, 3, (40,), generator=g)
+    found = confidence_threshold(probabilities, targets, accuracy, least)
+    confidence, guess = probabilities.double().max(1)
+    right = guess == targets
+    def fits_at(t): return (keep := confidence >= t).sum() >= least and right[keep].double().mean() >= accuracy - 1e-9
+    fits = [t for t in confidence.unique().tolist() if fits_at(t)]
+    if not fits: assert found.probability == 2 and found.share == 0 and math.isnan(found.accuracy); return
+    keep = confidence >= found.probability
+    assert found.probability == min(fits)
+    assert math.isclose(found.share, keep.double().mean()) and math.isclose(found.accuracy, right[keep].double().mean())
+
+
+def test_calibrate_a_learner(learn, tmp_path):
+    found = calibrate(learn, accuracy=.5)
+    assert 1 / 20 <= found.temperature <= 20 and 0 <= found.ece <= 1 and 0 <= found.ece_calibrated <= 1
+    assert 0 <= found.threshold <= 1 or found.threshold == 2 and found.sure_share == 0
+    logits, targets = predictions(learn)
+    assert math.isclose(found.temperature, fit_temperature(logits, targets))
+    probabilities = (logits / found.temperature).softmax(1)
+    sure = probabilities.max(1).values >= found.threshold
+    assert math.isclose(sure.double().mean(), found.sure_share, abs_tol=1e-9)
+    save_focus(learn, tmp_path, temperature=found.temperature, threshold=found.threshold)
+    config = load_focus(tmp_path).about
+    assert math.isclose(config["temperature"], found.temperature) and config["threshold"] == found.threshold
+    never = calibrate(learn, accuracy=1.)
+    assert never.threshold == 2 and never.sure_share == 0 and math.isnan(never.sure_accuracy)      # it is untrained
+    save_focus(learn, tmp_path, temperature=never.temperature, threshold=never.threshold)
+    assert load_focus(tmp_path).about["threshold"] == 2
+
+
+def test_what_cannot_be_fitted_is_said():
+    logits, targets = drawn(50)
+    with pytest.raises(ValueError, match="50 logits and 5 targets"): fit_temperature(logits, targets[:5])
+    with pytest.raises(ValueError, match="0 logits and 0 targets"): fit_temperature(logits[:0], targets[:0])
+    with pytest.raises(ValueError, match="NaN"): fit_temperature(logits * float("nan"), targets)
