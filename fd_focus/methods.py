@@ -40,8 +40,9 @@ class Look:
         return Look(**{f.name: one(getattr(self, f.name)) for f in fields(self)})
 
     def cpu(self) -> "Look":
-        "Float32 on the CPU."
-        return self.each(lambda t: t.detach().float().cpu() if t.is_floating_point() else t.detach().cpu())
+        "Plain tensors, float32, on the CPU."
+        plain = self.each(lambda t: t.detach().as_subclass(Tensor).cpu())
+        return plain.each(lambda t: t.float() if t.is_floating_point() else t)
     def __len__(self) -> int: return len(self.answer)
     def __getitem__(self, rows) -> "Look":
         "The same of some of the pictures; `rows` as in indexing a tensor."
