@@ -10,14 +10,13 @@ __all__ = ['ToyBirds', 'ToyItem', 'ToyTruth', 'draw_bird', 'toy_items', 'attenti
            'plot_curves', 'plot_focus', 'plot_zooms', 'FocusInterpretation', 'FocusLearner', 'focus_learner', 'history',
            'look', 'to_pixels', 'Settings', 'make_learner', 'replace', 'spread', 'train', 'write_run', 'load_plan',
            'multiply_adds', 'paired_difference', 'plot_results', 'run_experiment', 'summarise', 'PartHitRate',
-           'box_recall', 'chance_level', 'localisation', 'object_coverage', 'part_hit_rate', 'pointing_game',
-           'FocusPipeline', 'load_focus', 'save_focus', 'FocusClassifier', 'Prediction', 'draw_prediction',
-           'Checkpoint', 'KeepBest', 'stoppable', 'push_to_hub', 'write_card', 'DataWarning', 'check_images',
-           'duplicate_images', 'loader_speed', 'plot_attention', 'plot_regions', 'BoxRecall', 'Calibration',
-           'ObjectCoverage', 'PointingGame', 'calibrate', 'confidence_threshold', 'confused_pairs',
-           'expected_calibration_error', 'fit_temperature', 'localisation_metrics', 'plot_confused', 'predictions',
-           'reliability_diagram', 'check_parity', 'export_model', 'Evaluation', 'evaluate', 'labelled_pictures',
-           'Explanation', 'build_app', 'explain', 'focus_widget', 'launch_app']
+           'box_recall', 'localisation', 'object_coverage', 'part_hit_rate', 'pointing_game', 'FocusPipeline',
+           'load_focus', 'save_focus', 'FocusClassifier', 'Prediction', 'draw_prediction', 'Checkpoint', 'KeepBest',
+           'stoppable', 'push_to_hub', 'write_card', 'DataWarning', 'check_images', 'duplicate_images', 'loader_speed',
+           'plot_attention', 'plot_regions', 'BoxRecall', 'Calibration', 'ObjectCoverage', 'PointingGame', 'calibrate',
+           'confidence_threshold', 'confused_pairs', 'expected_calibration_error', 'fit_temperature',
+           'localisation_metrics', 'plot_confused', 'reliability_diagram', 'check_parity', 'export_model', 'Evaluation',
+           'evaluate', 'labelled_pictures', 'Explanation', 'build_app', 'explain', 'focus_widget', 'launch_app']
 
 # %% ../nbs/90_all.ipynb #98_all002
 from .toy import ToyBirds, ToyItem, ToyTruth, draw_bird, toy_items
@@ -28,12 +27,15 @@ from .model import Focus, FocusNet, FocusOutput, PlainNet, create_body, toy_resn
 from .loss import FocusLoss
 from .data.pictures import DataWarning, bad_images, check_images, duplicate_images, open_image
 from .data.loaders import FocusDataLoaders, loader_speed, paper_transforms
-from .draw import plot_attention, plot_curves, plot_focus, plot_regions, plot_zooms
+from .draw import plot_attention, plot_focus, plot_regions, plot_zooms
 from .training.learner import FocusInterpretation, FocusLearner, focus_learner, history, look, to_pixels
 from .training.checkpoint import Checkpoint, KeepBest, stoppable
-from .training.run import Settings, make_learner, replace, spread, train, write_run
+from .training.run import Settings, make_learner, plot_curves, replace, spread, train, write_run
 from .evidence.experiment import load_plan, multiply_adds, paired_difference, plot_results, run_experiment, summarise
-from .evidence.localisation import BoxRecall, Calibration, ObjectCoverage, PartHitRate, PointingGame, box_recall, calibrate, chance_level, confidence_threshold, confused_pairs, expected_calibration_error, fit_temperature, localisation, localisation_metrics, object_coverage, part_hit_rate, plot_confused, pointing_game, predictions, reliability_diagram
+from .evidence.calibration import Calibration, calibrate, confidence_threshold, confused_pairs
+from .evidence.calibration import expected_calibration_error, fit_temperature, plot_confused, reliability_diagram
+from .evidence.localisation import BoxRecall, ObjectCoverage, PartHitRate, PointingGame, box_recall, localisation
+from .evidence.localisation import localisation_metrics, object_coverage, part_hit_rate, pointing_game
 from .use.model_folder import FocusPipeline, check_parity, export_model, load_focus, push_to_hub, save_focus, write_card
 from .use.predict import FocusClassifier, Prediction, draw_prediction
 from .use.evaluate import Evaluation, evaluate, labelled_pictures
@@ -44,11 +46,11 @@ _all_ = ["ToyBirds", "ToyItem", "ToyTruth", "draw_bird", "toy_items", "attention
          "FocusOutput", "PlainNet", "create_body", "toy_resnet", "FocusLoss", "FocusDataLoaders", "bad_images",
          "open_image", "paper_transforms", "REGION_COLOURS", "draw_attention", "draw_image", "draw_regions",
          "plot_curves", "plot_focus", "plot_zooms", "FocusInterpretation", "FocusLearner", "focus_learner",
-         "history", "look", "to_pixels", "Settings", "make_learner", "replace", "spread", "train", "write_run", "load_plan", "multiply_adds", "paired_difference", "plot_results", "run_experiment", "summarise", "PartHitRate", "box_recall", "chance_level", "localisation",
+         "history", "look", "to_pixels", "Settings", "make_learner", "replace", "spread", "train", "write_run", "load_plan", "multiply_adds", "paired_difference", "plot_results", "run_experiment", "summarise", "PartHitRate", "box_recall", "localisation",
          "object_coverage", "part_hit_rate", "pointing_game", "FocusPipeline", "load_focus", "save_focus",
          "FocusClassifier", "Prediction", "draw_prediction", "Checkpoint", "KeepBest", "stoppable",
          "push_to_hub", "write_card",
-         "DataWarning", "check_images", "duplicate_images", "loader_speed", "plot_attention", "plot_regions", "BoxRecall", "Calibration", "ObjectCoverage", "PointingGame", "calibrate", "confidence_threshold", "confused_pairs", "expected_calibration_error", "fit_temperature", "localisation_metrics", "plot_confused", "predictions", "reliability_diagram",
+         "DataWarning", "check_images", "duplicate_images", "loader_speed", "plot_attention", "plot_regions", "BoxRecall", "Calibration", "ObjectCoverage", "PointingGame", "calibrate", "confidence_threshold", "confused_pairs", "expected_calibration_error", "fit_temperature", "localisation_metrics", "plot_confused", "reliability_diagram",
          "check_parity", "export_model",
          "Evaluation", "evaluate", "labelled_pictures",
          "Explanation", "build_app", "explain", "focus_widget", "launch_app"]
