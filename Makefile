@@ -14,10 +14,10 @@ $(STAMP): settings.ini setup.py
 	touch $@
 
 # Method and plain backbone on toy birds, same recipe; `fd_focus_train --help` explains the options.
-DEMO := --data toy --arch toy_resnet --cut layer2 --image_size 96 --mark_size 0.6 --epochs 24 --lr 4e-3 --bs 32 --seed 0
+DEMO := --data toy --arch toy_resnet --cut layer2 --image_size 96 --mark_size 0.6 --epochs 24 --bs 32 --seed 0
 
 demo: setup
-	$(BIN)/fd_focus_train $(DEMO) --plain --out runs/demo/plain
+	$(BIN)/fd_focus_train $(DEMO) --method plain --out runs/demo/plain
 	$(BIN)/fd_focus_train $(DEMO) --out runs/demo/focus
 	$(BIN)/fd_focus_compare runs/demo/plain runs/demo/focus
 

@@ -1,22 +1,26 @@
 "The commands as a user types them: what they write, and what they say of bad input."
-import inspect
+import io
 import json
 import shutil
 import subprocess
 import sys
-import time
+from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
+from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from fd_focus.toy import ToyBirds
+from fd_focus.training.run import make_learner
+from fd_focus.training.settings import Settings
+from fd_focus.use import cli
 from fd_focus.use.cli import fd_focus_train
 from fd_focus.use.model_folder import load_focus
-from fd_focus.training.run import Settings, make_learner
-from fd_focus.toy import ToyBirds
 
 BIN = Path(sys.executable).parent
 TINY = ["--arch", "toy_resnet", "--image_size", "64", "--epochs", "1", "--bs", "4"]
@@ -24,6 +28,14 @@ TINY = ["--arch", "toy_resnet", "--image_size", "64", "--epochs", "1", "--bs", "
 
 def command(name, *args):
     return subprocess.run([BIN / name, *map(str, args)], capture_output=True, text=True)
+
+
+def fails(*args, name="fd_focus_train"):
+    "What a command says as it ends with an error; in this process, which has imported everything."
+    with mock.patch.object(sys, "argv", [name, *map(str, args)]), redirect_stderr(io.StringIO()) as said, pytest.raises(SystemExit) as end:
+        getattr(cli, name)()
+    assert end.value.code not in (0, None)
+    return f"{end.value.code}\n{said.getvalue()}"
 
 
 @pytest.fixture(scope="module")
@@ -38,30 +50,82 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["fd_focus_train", "fd_focus_compare"])
+COMMANDS = ["fd_focus_" + name for name in "train compare experiment predict evaluate export bench app".split()]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help_imports_nothing_heavy(name):
+    "What takes seconds is imported after the words are read; so help comes at once."
     run = subprocess.run([sys.executable, "-X", "importtime", BIN / name, "--help"], capture_output=True, text=True)
-    assert run.returncode == 0 and "usage" in run.stdout
+    assert run.returncode == 0 and f"usage: {name}" in run.stdout and "--import" in run.stdout
     imported = {line.rsplit("|", 1)[-1].strip() for line in run.stderr.splitlines() if "|" in line}
-    assert not imported & {"torch", "fastai", "matplotlib", "pandas"}
+    assert not imported & {"torch", "fastai", "matplotlib", "pandas", "numpy"}
 
 
 def test_train_method_and_plain(folder, tmp_path):
-    for plain in (False, True):
-        out = tmp_path / ("plain" if plain else "focus")
-        run = command("fd_focus_train", "--data", folder, *TINY, "--out", out, *(["--plain", "--examples", 0] if plain else []))
+    for method in ("focus", "plain"):
+        out = tmp_path / method
+        extra = ["--method", "plain", "--examples", 0] if method == "plain" else ["--m=4", "--l", 2]
+        run = command("fd_focus_train", "--data", folder, *TINY, "--out", out, *extra)
         assert run.returncode == 0, run.stderr
+        assert f"{method}: " in run.stdout and "starts from" not in run.stdout
         summary = json.loads((out / "summary.json").read_text())
-        assert 0 <= summary["accuracy"] <= 1 and summary["settings"]["plain"] is plain and summary["seconds"] > 0
+        assert 0 <= summary["accuracy"] <= 1 and summary["settings"]["method"] == method and summary["seconds"] > 0
+        assert set(summary["settings"]) == set(Settings.__dataclass_fields__)
         assert {"torch", "fastai", "fd_focus"} <= set(summary["versions"])
-        files = {"summary.json", "settings.yaml", "metrics.csv", "curves.png", "model"} | (set() if plain else {"regions.png"})
-        assert {p.name for p in out.iterdir()} == files
-        assert len(list((out / "model/examples").glob("*.jpg"))) == (0 if plain else 3)
+        files = {"summary.json", "settings.yaml", "metrics.csv", "curves.png", "model"}
+        assert {p.name for p in out.iterdir()} == files | (set() if method == "plain" else {"regions.png"})
+        assert len(list((out / "model/examples").glob("*.jpg"))) == (0 if method == "plain" else 3)
         model = load_focus(out / "model")
         assert model.classes == sorted(p.name for p in folder.iterdir())
         assert model(torch.rand(2, 3, 64, 64)).shape == (2, 3)
     run = command("fd_focus_compare", tmp_path / "focus", tmp_path / "plain")
     assert run.returncode == 0 and run.stdout.count("%") == 2
+
+
+MINE = """
+from torch import nn
+from fd_focus.methods import Method, register
+
+class Mine(Method):
+    def __init__(self, body, n_classes, image_size=448, rank=4):
+        super().__init__(body, n_classes, image_size)
+        self.rank = rank
+        self.head = nn.Sequential(nn.Linear(self.n_features, rank), nn.Linear(rank, n_classes))
+    def forward(self, x, target=None):
+        logits = self.head(self.body(x).amax((2, 3)))
+        return {"image": logits} if self.training else logits
+
+register("mine", Mine)
+"""
+
+
+def test_a_method_of_ones_own(folder, tmp_path, monkeypatch):
+    "--import makes it known; every command with its model wants it again, and nothing else runs code of a folder."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("my_module.py").write_text(MINE)
+    train = ["--data", folder, *TINY, "--method", "mine", "--out", "run"]
+    assert "method='mine' is none of" in fails(*train)
+    assert "--import gone: No module named 'gone'" in fails("--import", "gone", *train)
+    run = command("fd_focus_train", "--import", "my_module", *train, "--options", "rank=2")
+    assert run.returncode == 0, run.stderr
+    assert "mine: " in run.stdout and json.loads(Path("run/model/config.json").read_text())["options"]["rank"] == 2
+    picture = next(folder.rglob("*.png"))
+    asked = command("fd_focus_predict", "--import", "my_module.py", "run/model", picture, "--device", "cpu")
+    assert asked.returncode == 0 and str(picture) in asked.stdout, asked.stderr
+    assert "mine" in fails("run/model", picture, "--device", "cpu", name="fd_focus_predict")
+
+
+def test_flags_win_over_the_file_and_both_over_the_preset(tmp_path):
+    "Also a flag that says what is the default anyway, or is cut short."
+    config, out = tmp_path / "mine.yaml", tmp_path / "run"
+    config.write_text(f"bs: 8\nm: 3\nsigma: 2\nepochs: 3\narch: toy_resnet\nimages_per_class: 8\nvalid_per_class: 2\nout: {out}\n")
+    run = command("fd_focus_train", "--preset", "photos", "--config", config, "--image-size=48", "--ep", 1, "--bs=32", "--no-hybrid")
+    assert run.returncode == 0, run.stderr
+    settings = json.loads((out / "summary.json").read_text())["settings"]
+    names = ("bs", "m", "sigma", "epochs", "image_size", "input_size", "region_size", "l", "fusion", "hybrid")
+    assert [settings[name] for name in names] == [32, 3, 2., 1, 48, 96, 24, 2, "mean", False]
 
 
 def test_one_process_under_torchrun_is_calibrated(tmp_path, monkeypatch, capsys):
@@ -80,22 +144,24 @@ def test_says_which_pictures_judged(tmp_path, capsys, split, warned):
     assert ("fitted on these test pictures" in said) == warned
 
 
-def test_flags_of_another_program_are_not_read(tmp_path, monkeypatch):
+def test_flags_of_another_program_are_not_read(monkeypatch, capsys):
     "A notebook's kernel has arguments too: `--f=...` would have begun `fusion`, and `--epochs=7` been a flag."
-    from fd_focus.use.cli import _given
-    values = {name: parameter.default for name, parameter in inspect.signature(fd_focus_train.__wrapped__).parameters.items()}
-    words = ["--f=/run/kernel-1.json", "--epochs=7"]
-    monkeypatch.setattr(sys, "argv", ["/lib/ipykernel_launcher.py", *words])
-    assert _given(fd_focus_train, values | dict(bs=8)) == {"bs"}
-    monkeypatch.setattr(sys, "argv", ["/bin/fd_focus_train", *words])
-    assert {"fusion", "epochs"} <= _given(fd_focus_train, values)
+    from fd_focus.use import commands
+    asked = []
+    monkeypatch.setattr(commands, "_train", lambda *args: asked.append(args[0]))
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "--epochs=7", "--fusion=mean"])
+    fd_focus_train()
+    fd_focus_train(bs=8)
+    monkeypatch.setattr("builtins.__IPYTHON__", True, raising=False)
+    fd_focus_train()
+    assert asked == [dict(epochs=7, fusion="mean"), dict(bs=8), {}]
 
 
 def test_folder_settings_reach_the_data(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "birds")
     kind = next((tmp_path / "birds").iterdir())
     (kind / "broken.png").write_bytes(b"no picture")
-    base = Settings(data=str(tmp_path / "birds"), arch="toy_resnet", image_size=64, bs=4, epochs=1)
+    base = Settings(data=str(tmp_path / "birds"), arch="toy_resnet", image_size=64, bs=4, epochs=1, workers=0)
     with pytest.raises(ValueError, match="broken.png"): make_learner(base)
     dls = make_learner(replace(base, on_bad_image="skip", valid_pct=.5, balance=True, cache=str(tmp_path / "kept"))).dls
     assert len(dls.valid_ds) == 9 and [Path(f).name for f in dls.skipped] == ["broken.png"]
@@ -103,23 +169,22 @@ def test_folder_settings_reach_the_data(folder, tmp_path):
     assert len(make_learner(replace(base, data="toy", valid_per_class=3)).dls.valid_ds) == 36
 
 
-def fails(*args):
-    run = command("fd_focus_train", *args)
-    assert run.returncode != 0 and "Traceback" not in run.stderr, run.stderr
-    return run.stderr
-
-
 def test_bad_arguments(folder, tmp_path):
     out = ["--out", tmp_path / "run"]
     assert "no folder" in fails("--data", tmp_path / "nowhere", *TINY, *out)
     assert "is no model of torchvision" in fails("--data", folder, *TINY, "--arch", "resnet81", *out)
     assert "does not fit image_size" in fails("--data", folder, *TINY, "--region_size", 100, *out)
+    assert "method='fokus' is none of plain, focus" in fails("--data", folder, *TINY, "--method", "fokus", *out)
+    assert "takes no m; it takes image_size" in fails("--data", folder, *TINY, "--method", "plain", "--m", 3, *out)
+    assert "cuts no regions" in fails("--data", folder, *TINY, "--method", "plain", "--input_size", 128, *out)
+    assert "head_weights names bogus" in fails("--data", folder, *TINY, "--head_weights", "bogus=1", *out)
+    assert "preset='best' is none of" in fails("--preset", "best", *TINY, *out)
     assert "l=4 regions are to be used of m=2" in fails("--data", folder, *TINY, "--m", 2, *out)
     assert "examples=-1; use a number" in fails("--data", folder, *TINY, "--examples", -1, *out)
     assert "valid_pct=2.0; use a share" in fails("--data", folder, *TINY, "--valid_pct", 2, *out)
     assert "unrecognized arguments" in fails("--data", folder, "--colour", "red")
     assert "cells" in fails("--data", folder, *TINY, "--m", 50, *out)
-    assert "larger image_size" in fails("--data", folder, *TINY, "--arch", "squeezenet1_1", "--image_size", 8, *out)
+    assert "larger image_size" in fails("--data", folder, *TINY, "--arch", "squeezenet1_1", "--image_size", 8, "--no-pretrained", *out)
     assert "epochs=0" in fails("--data", folder, *TINY, "--epochs", 0, *out)
 
 
@@ -139,13 +204,27 @@ def test_bad_folders(tmp_path):
     assert "classes without training pictures: other" in fails("--data", tmp_path, *TINY)
 
 
+def test_an_error_is_a_sentence(tmp_path):
+    "In a process of its own: no traceback, and the status tells."
+    run = command("fd_focus_train", "--data", tmp_path / "nowhere")
+    assert run.returncode == 1 and run.stderr.startswith(f"fd_focus: no folder {tmp_path / 'nowhere'}"), run.stderr
+    assert "Traceback" not in run.stderr and "starts from ImageNet's weights" in run.stdout
+
+
+def test_without_a_network_the_advice_is_to_name_weights(folder, tmp_path):
+    with mock.patch("torch.hub.load_state_dict_from_url", side_effect=URLError("no network")), \
+         mock.patch("torchvision.models._api.load_state_dict_from_url", side_effect=URLError("no network")):
+        said = fails("--data", folder, *TINY, "--arch", "resnet18", "--out", tmp_path / "run")
+    assert "the download failed (no network)" in said and "--weights" in said and "--no-pretrained" in said
+
+
 def test_out_that_cannot_be_written(folder, tmp_path):
     (tmp_path / "file").write_text("")
     assert "Not a directory" in fails("--data", folder, *TINY, "--out", tmp_path / "file" / "run")
 
 
 def test_weights_that_do_not_fit(folder, tmp_path):
-    from fd_focus.model import create_body
+    from fd_focus.bodies import create_body
     body, _ = create_body("toy_resnet", pretrained=False)
     state = body.state_dict()
     state["fc.weight"] = torch.zeros(3, 128)
