@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from fastai.vision.augment import CropPad, Resize
 from PIL import Image
 from conftest import photograph, two_classes
 
@@ -29,13 +30,16 @@ def loaders(folder, **kwargs):
 
 
 def test_batches_that_never_fill(folder):
-    for make in (lambda **kwargs: loaders(folder, **kwargs), lambda **kwargs: FocusDataLoaders.from_table(folder_table(folder), folder, image_size=32, **kwargs),
+    def of_table(**kwargs): return FocusDataLoaders.from_table(folder_table(folder), folder, image_size=32, **kwargs)
+    for make in (lambda **kwargs: loaders(folder, **kwargs), of_table,
                  lambda **kwargs: loaders(folder, balance=True, **kwargs)):
-        with pytest.raises(ValueError, match="bs=16 is more than the 12 training pictures; use a smaller batch"): make(bs=16)
+        with pytest.raises(ValueError, match="bs=16 is more than the 12 training pictures; use a smaller batch"):
+            make(bs=16)
         assert len(make(bs=12).train) == 1
     assert len(loaders(folder, bs=16, drop_last=False).train) == 1
     with pytest.raises(ValueError, match="bs=4 is more than the 3 training pictures"): loaders(folder, n=3)
-    with pytest.raises(ValueError, match="bs=32 is more than the 6 training pictures"): FocusDataLoaders.from_toy(2, 1, n_classes=3)
+    with pytest.raises(ValueError, match="bs=32 is more than the 6 training pictures"):
+        FocusDataLoaders.from_toy(2, 1, n_classes=3)
     with pytest.raises(ValueError, match="bs=16 is more than the 12 training pictures; use a smaller batch"):
         make_learner(Settings(str(folder), arch="toy_resnet", image_size=32, bs=16))
 
@@ -44,13 +48,24 @@ def test_unknown_arguments_are_errors(folder):
     for make in (lambda: loaders(folder, colour="red"), lambda: FocusDataLoaders.from_toy(2, 2, colour="red"),
                  lambda: FocusDataLoaders.from_csv(folder / "no.csv", colour="red")):
         with pytest.raises((TypeError, FileNotFoundError), match="colour|no file"): make()
-    with pytest.raises(TypeError, match="unknown argument wokers; a loader takes .*num_workers"): loaders(folder, wokers=2)
+    with pytest.raises(TypeError, match="unknown argument wokers; a loader takes .*num_workers"):
+        loaders(folder, wokers=2)
 
 
 def test_signatures_name_their_arguments():
     for name in ("from_folder", "from_csv", "from_cub", "from_aircraft", "from_cars"):
         parameters = inspect.signature(getattr(FocusDataLoaders, name)).parameters
-        assert {"valid_pct", "image_size", "resize", "squash", "on_bad_image", "on_duplicate", "balance", "bs", "num_workers"} <= set(parameters), name
+        assert {
+            "valid_pct",
+            "image_size",
+            "resize",
+            "squash",
+            "on_bad_image",
+            "on_duplicate",
+            "balance",
+            "bs",
+            "num_workers",
+        } <= set(parameters), name
         assert "table" not in parameters and "kwargs" not in parameters
 
 
@@ -58,7 +73,8 @@ def test_skipped_pictures_are_counted_and_written(folder, tmp_path):
     (folder / "a" / "text.jpg").write_text("nothing")
     (folder / "b" / "cut.jpg").write_bytes((folder / "b" / "01.jpg").read_bytes()[:200])
     with pytest.raises(ValueError, match="2 of 18 pictures cannot be read"): loaders(folder)
-    with pytest.warns(DataWarning, match="2 of 18 pictures cannot be read and are left out:(.|\n)*text.jpg"): dls = loaders(folder, on_bad_image="skip")
+    with pytest.warns(DataWarning, match="2 of 18 pictures cannot be read and are left out:(.|\n)*text.jpg"):
+        dls = loaders(folder, on_bad_image="skip")
     assert len(dls.train_ds) + len(dls.valid_ds) == 16 and {f.name for f in dls.skipped} == {"text.jpg", "cut.jpg"}
     written = pd.read_csv(dls.write_skipped(tmp_path))
     assert written.columns.tolist() == ["file", "why"] and len(written) == 2 and written.why.str.len().min() > 5
@@ -68,19 +84,29 @@ def test_skipped_pictures_are_counted_and_written(folder, tmp_path):
 def test_duplicates(folder):
     for to, source in {"b/copy.jpg": "a/00.jpg", "a/again.jpg": "a/02.jpg", "b/same.jpg": "b/03.jpg"}.items():
         jpeg = (folder / source).read_bytes()
-        (folder / to).write_bytes(jpeg[:2] + b"\xff\xfe\x00\x08a copy" + jpeg[2:])      # a comment: other bytes, the same pixels
+        # a comment: other bytes, the same pixels
+        (folder / to).write_bytes(jpeg[:2] + b"\xff\xfe\x00\x08a copy" + jpeg[2:])
     table = pd.DataFrame(dict(file=[p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*.*"))]))
     table["label"] = table.file.str[0]
     table["split"] = np.where(table.file.isin(["a/again.jpg", "a/04.jpg", "b/05.jpg"]), "valid", "train")
-    with pytest.warns(DataWarning) as said: dls = FocusDataLoaders.from_table(table, folder, image_size=32, bs=4, num_workers=0)
+    with pytest.warns(DataWarning) as said:
+        dls = FocusDataLoaders.from_table(table, folder, image_size=32, bs=4, num_workers=0)
     message = str(said[0].message)
     assert "1 picture under two labels and 1 picture in both training and validation" in message
-    assert "a/00.jpg (a, train), b/copy.jpg (b, train)" in message and "a/02.jpg (a, train), a/again.jpg (a, valid)" in message
-    assert len(dls.table) == 19 and dls.duplicates.problem.value_counts().to_dict() == {"two labels": 2, "train and valid": 2}
-    with pytest.warns(DataWarning, match="3 files are left out"): dls = FocusDataLoaders.from_table(table, folder, image_size=32, bs=4, num_workers=0, on_duplicate="drop")
+    assert (
+        "a/00.jpg (a, train), b/copy.jpg (b, train)" in message
+        and "a/02.jpg (a, train), a/again.jpg (a, valid)" in message
+    )
+    assert len(dls.table) == 19 and dls.duplicates.problem.value_counts().to_dict() == {
+        "two labels": 2,
+        "train and valid": 2,
+    }
+    with pytest.warns(DataWarning, match="3 files are left out"):
+        dls = FocusDataLoaders.from_table(table, folder, image_size=32, bs=4, num_workers=0, on_duplicate="drop")
     assert set(table.file) - set(dls.table.file) == {"a/00.jpg", "b/copy.jpg", "a/02.jpg"} and len(dls.skipped) == 3
     assert len(dls.valid_ds) == 3
-    with pytest.raises(ValueError, match="on_duplicate='keep'; use 'warn' or 'drop'"): loaders(folder, on_duplicate="keep")
+    with pytest.raises(ValueError, match="on_duplicate='keep'; use 'warn' or 'drop'"):
+        loaders(folder, on_duplicate="keep")
 
 
 def test_many_duplicates_are_counted_not_all_named(tmp_path):
@@ -89,7 +115,8 @@ def test_many_duplicates_are_counted_not_all_named(tmp_path):
         photograph(i).save(tmp_path / "a" / f"{i}.png")
         shutil.copy(tmp_path / "a" / f"{i}.png", tmp_path / "b" / f"{i}.png")
     with pytest.warns(DataWarning, match="14 pictures under two labels(.|\n)*and 4 more"): loaders(tmp_path)
-    with pytest.warns(DataWarning), pytest.raises(ValueError, match="classes of which no picture is left: a, b"): loaders(tmp_path, on_duplicate="drop")
+    with pytest.warns(DataWarning), pytest.raises(ValueError, match="classes of which no picture is left: a, b"):
+        loaders(tmp_path, on_duplicate="drop")
 
 
 def test_no_warning_where_nothing_is_wrong(folder):
@@ -112,7 +139,9 @@ def test_classes_at_fault_are_named(folder):
 def test_show_batch_without_boxes(folder):
     import matplotlib.pyplot as plt
     dls = loaders(folder)
-    assert [ax.get_title() for ax in dls.show_batch("valid", max_n=2).axes] == [dls.table.label[f] for f in dls.valid_ds.items[:2]]
+    assert [ax.get_title() for ax in dls.show_batch("valid", max_n=2).axes] == [
+        dls.table.label[f] for f in dls.valid_ds.items[:2]
+    ]
     figure, axes = plt.subplots(1, 3)
     assert dls.show_batch(max_n=3, axes=axes) is figure
     with pytest.raises(ValueError, match="2 axes for 3 pictures"): dls.show_batch(max_n=3, axes=axes[:2])
@@ -149,9 +178,10 @@ def test_pictures_are_not_kept_in_memory(tmp_path):
     assert peaks[1] - peaks[0] < 40, peaks
 
 
-@pytest.mark.filterwarnings("ignore::fd_focus.data.pictures.DataWarning")        # of a validation half that valid_pct leaves out
+# of a validation half that valid_pct leaves out
+@pytest.mark.filterwarnings("ignore::fd_focus.data.pictures.DataWarning")
 def test_what_accuracy_is_judged_by(folder, tmp_path):
-    "A test half is told from a validation half and from a share of the training pictures, so that nothing is chosen on it."
+    "A test half is told from a validation half and from a share of training, so that nothing is chosen on it."
     by = lambda **kwargs: loaders(folder, **kwargs).judged_by
     table = folder_table(folder).drop(columns="split")
     assert by() == by(valid_pct=.5) == "train"
@@ -159,7 +189,9 @@ def test_what_accuracy_is_judged_by(folder, tmp_path):
         table.assign(split=[halves[i % 2] for i in range(len(table))]).to_csv(folder / "split.csv", index=False)
         assert by() == judged and by(valid_pct=.5) == "train"
     settings = Settings(str(folder), arch="toy_resnet", image_size=32, bs=4, m=2, l=2, keep_best=True)
-    table.assign(split=["train" if i % 2 else "test" for i in range(len(table))]).to_csv(folder / "split.csv", index=False)
+    table.assign(split=["train" if i % 2 else "test" for i in range(len(table))]).to_csv(
+        folder / "split.csv", index=False
+    )
     with pytest.raises(ValueError, match="keep_best choose the epoch on them; use valid_pct"): make_learner(settings)
     make_learner(replace(settings, valid_pct=.5))
 
@@ -175,7 +207,8 @@ def test_images_as_items(tmp_path, kind):
     item = dls.valid_ds.items[0]
     path = tmp_path / "birds" / item
     with Image.open(path) as still_a_file: lazy = dls.test_dl([still_a_file]).one_batch()[0]
-    for same in (lazy, dls.test_dl([open_image(path)]).one_batch()[0], dls.test_dl([np.asarray(Image.open(path))]).one_batch()[0]):
+    for same in (lazy, dls.test_dl([open_image(path)]).one_batch()[0],
+                 dls.test_dl([np.asarray(Image.open(path))]).one_batch()[0]):
         assert np.array_equal(same, dls.test_dl([item]).one_batch()[0])
 
 
@@ -185,8 +218,44 @@ def test_names_that_are_no_utf8(folder, tmp_path, monkeypatch):
     file = next((folder / "a").iterdir())
     odd = Path(os.fsdecode(os.fsencode(file.parent) + b"/caf\xe9.jpg"))
     file.rename(odd)
-    for _ in range(2): dls = loaders(folder)                                     # the second time from what was remembered
-    assert len(dls.train.one_batch()[0]) and any(str(item).endswith(odd.name) for item in [*dls.train_ds.items, *dls.valid_ds.items])
+    # the second time from what was remembered
+    for _ in range(2): dls = loaders(folder)
+    assert len(dls.train.one_batch()[0]) and any(
+        str(item).endswith(odd.name) for item in [*dls.train_ds.items, *dls.valid_ds.items]
+    )
     photograph(50).resize((400, 300)).save(odd)
     kept = ReducedPictures(tmp_path / "kept", 60)
     assert kept(odd).size == kept(odd).size and len(list((tmp_path / "kept").glob("*.jpg"))) == 1
+
+
+def test_arguments_that_contradict_each_other(folder, tmp_path):
+    with pytest.raises(ValueError, match="on_bad_image='ignore'; use 'error' or 'skip'"):
+        loaders(folder, on_bad_image="ignore")
+    with pytest.raises(ValueError, match="give one or the other"): loaders(folder, item_tfms=[Resize(64)], squash=False)
+    with pytest.raises(ValueError, match="do not begin with a Resize"):
+        loaders(folder, item_tfms=[CropPad(32)], cache=tmp_path / "kept")
+    with pytest.raises(ValueError, match="resize=30 is smaller than image_size=32"): loaders(folder, resize=30)
+
+
+def test_pictures_that_are_not_there(tmp_path):
+    (tmp_path / "sheet.csv").write_text("file,label,split\na.jpg,x,train\nb.jpg,y,test\n")
+    with pytest.raises(ValueError, match="a.jpg: no such file"): FocusDataLoaders.from_csv(tmp_path / "sheet.csv")
+
+
+def test_a_class_of_which_no_picture_can_be_read(folder):
+    (folder / "finch").mkdir()
+    (folder / "finch" / "a.jpg").write_text("")
+    with pytest.warns(DataWarning), pytest.raises(ValueError, match="classes of which no picture is left: finch"):
+        loaders(folder, on_bad_image="skip")
+
+
+def test_a_second_epoch_reads_what_was_kept(tmp_path, monkeypatch):
+    for i in range(8):
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        photograph(i, (1600, 1200)).save(tmp_path / "ab"[i % 2] / f"{i}.jpg", quality=90)
+    dls = FocusDataLoaders.from_folder(tmp_path, image_size=224, bs=2, num_workers=0, cache=tmp_path / ".kept")
+    once, opened, real = dls.valid.one_batch()[0], [], Image.open
+    monkeypatch.setattr(Image, "open", lambda file, *args: opened.append(str(file)) or real(file, *args))
+    again = dls.valid.one_batch()[0]
+    assert opened and all(".kept" in file for file in opened)
+    assert (once - again).abs().mean() < 1.5 / 255

@@ -1,4 +1,4 @@
-"Pictures as they come, against torchvision's decoders (libjpeg, libpng, its own GIF reader), and what a check of them finds."
+"Pictures as they come, against torchvision's decoders, and what a check of them finds."
 import shutil
 import struct
 import warnings
@@ -26,7 +26,8 @@ def decoded(file, **kwargs):
 def folder(tmp_path): return two_classes(tmp_path / "pictures")
 
 
-@pytest.mark.parametrize("mode,suffix", [("RGB", "jpg"), ("RGB", "png"), ("L", "jpg"), ("L", "png"), ("1", "png"), ("P", "png"), ("CMYK", "jpg")])
+@pytest.mark.parametrize("mode,suffix", [("RGB", "jpg"), ("RGB", "png"), ("L", "jpg"), ("L", "png"), ("1", "png"),
+                                         ("P", "png"), ("CMYK", "jpg")])
 def test_modes_against_reference(tmp_path, mode, suffix):
     file = tmp_path / f"x.{suffix}"
     photograph().convert(mode).save(file)
@@ -46,7 +47,12 @@ def test_transparency_against_reference(tmp_path, mode):
     image = photograph().convert(mode)
     image.putalpha(Image.linear_gradient("L").resize(image.size))
     image.save(tmp_path / "x.png")
-    rgba = decode_image(read_file(str(tmp_path / "x.png")), mode=ImageReadMode.RGB_ALPHA).permute(1, 2, 0).numpy().astype(float)
+    rgba = (
+        decode_image(read_file(str(tmp_path / "x.png")), mode=ImageReadMode.RGB_ALPHA)
+        .permute(1, 2, 0)
+        .numpy()
+        .astype(float)
+    )
     alpha = rgba[..., 3:] / 255
     assert np.abs(np.asarray(open_image(tmp_path / "x.png")) - (rgba[..., :3] * alpha + 255 * (1 - alpha))).max() <= 1.5
 
@@ -56,8 +62,15 @@ def test_16_bit_against_reference(tmp_path, colour):
     deep = np.linspace(0, 65535, 64 * 48).reshape(48, 64).astype(np.uint16)
     if colour:         # PIL writes no 48-bit PNG
         rows = b"".join(b"\0" + np.repeat(row[:, None], 3, 1).astype(">u2").tobytes() for row in deep)
-        chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 64, 48, 16, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+        chunk = lambda kind, body: (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+        (tmp_path / "x.png").write_bytes(
+            b"\x89PNG\r\n\x1a\n"
+            + chunk(b"IHDR", struct.pack(">IIBBBBB", 64, 48, 16, 2, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(rows))
+            + chunk(b"IEND", b"")
+        )
     else: Image.fromarray(deep).save(tmp_path / "x.png")
     reference = decode_image(read_file(str(tmp_path / "x.png"))).permute(1, 2, 0).numpy().astype(float) / 257
     assert np.abs(np.asarray(open_image(tmp_path / "x.png")) - reference).max() <= 1       # of 255
@@ -81,7 +94,10 @@ def test_exif_against_reference(tmp_path, orientation, min_side):
     assert pixels.size == tuple(n // (4 if min_side else 1) for n in reference.shape[1::-1])
     with Image.open(tmp_path / "x.jpg") as opened:
         assert upright_size(tmp_path / "x.jpg") == upright_size(opened) == reference.shape[1::-1]
-    difference = np.abs(np.asarray(pixels.resize((64, 64))).astype(int) - np.asarray(Image.fromarray(reference.astype(np.uint8)).resize((64, 64))))
+    difference = np.abs(
+        np.asarray(pixels.resize((64, 64))).astype(int)
+        - np.asarray(Image.fromarray(reference.astype(np.uint8)).resize((64, 64)))
+    )
     assert difference.max() <= 6 and difference.mean() < 1
 
 
@@ -99,7 +115,10 @@ def test_bombs_are_refused_and_named(tmp_path):
     for name in ("large.png", "bomb.png"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with pytest.raises(ValueError, match=f"{name} cannot be read as a picture: .*raise PIL.Image.MAX_IMAGE_PIXELS"): open_image(tmp_path / name)
+            with pytest.raises(
+                ValueError, match=f"{name} cannot be read as a picture: .*raise PIL.Image.MAX_IMAGE_PIXELS"
+            ):
+                open_image(tmp_path / name)
             assert "MAX_IMAGE_PIXELS" in bad_images([tmp_path / name])[tmp_path / name]
 
 
@@ -157,7 +176,9 @@ def test_cache_that_cannot_be_used(folder, monkeypatch, tmp_path):
     for bad in ("file", "broken"):
         home = tmp_path / bad
         if bad == "file": home.write_text("")
-        else: (home / "fd_focus").mkdir(parents=True); (home / "fd_focus" / "checked.sqlite").write_text("no database" * 100)
+        else:
+            (home / "fd_focus").mkdir(parents=True)
+            (home / "fd_focus" / "checked.sqlite").write_text("no database" * 100)
         monkeypatch.setenv("XDG_CACHE_HOME", str(home))
         assert len(check_images(files)[1]) == 16
 
@@ -175,8 +196,12 @@ def test_kept_pictures_are_bounded_and_never_stale(tmp_path, monkeypatch):
     opened = []
     import fd_focus.data.pictures
     decode = fd_focus.data.pictures._decode
-    monkeypatch.setattr(fd_focus.data.pictures, "_decode", lambda file, *args: opened.append(file) or decode(file, *args))
-    assert all(np.abs(np.asarray(kept(file)) - pixels).mean() < 2 for file, pixels in zip(files, first)) and not set(opened) & set(files)
+    monkeypatch.setattr(
+        fd_focus.data.pictures, "_decode", lambda file, *args: opened.append(file) or decode(file, *args)
+    )
+    assert all(np.abs(np.asarray(kept(file)) - pixels).mean() < 2 for file, pixels in zip(files, first)) and not set(
+        opened
+    ) & set(files)
     photograph(99, (320, 240)).save(files[0], quality=94)                       # changed: decoded anew
     assert np.abs(np.asarray(kept(files[0])) - first[0]).mean() > 5
     for place in keep.iterdir(): place.write_text("damaged")                    # damaged: decoded anew
@@ -185,10 +210,13 @@ def test_kept_pictures_are_bounded_and_never_stale(tmp_path, monkeypatch):
     before = len(list(keep.iterdir()))
     kept(tmp_path / "small.jpg")
     assert len(list(keep.iterdir())) == before
-    bounded = ReducedPictures(tmp_path / "bounded", min_side=60, gigabytes=1e-5)     # 10 kB: looked at after every 16 pictures
+    # 10 kB: looked at after every 16 pictures
+    bounded = ReducedPictures(tmp_path / "bounded", min_side=60, gigabytes=1e-5)
     for file in files: bounded(file)
     assert 10_000 <= bounded.used() < 10_000 + 16 * 8_000
-    with pytest.raises(ValueError, match="cannot be read as a picture"): (tmp_path / "bad.jpg").write_text("x"); kept(tmp_path / "bad.jpg")
+    with pytest.raises(ValueError, match="cannot be read as a picture"):
+        (tmp_path / "bad.jpg").write_text("x")
+        kept(tmp_path / "bad.jpg")
 
 
 def test_a_cache_that_is_deleted_in_between_is_made_anew(folder, tmp_path):
@@ -207,12 +235,16 @@ def test_pictures_that_differ_in_one_small_mark_are_no_doubles(tmp_path):
     canvas[80:82, 80:82] = [[[150] * 3, [90] * 3], [[90] * 3, [150] * 3]]
     Image.fromarray(canvas).save(files[1], quality=75)
     assert len(set(check_images(files)[1].values())) == 1
-    assert duplicate_images(pd.DataFrame(dict(file=["g.jpg", "h.jpg"], label=["x", "y"], split="train")), tmp_path).empty
+    assert duplicate_images(
+        pd.DataFrame(dict(file=["g.jpg", "h.jpg"], label=["x", "y"], split="train")), tmp_path
+    ).empty
 
 
 def test_the_same_pixels_in_both_splits(tmp_path):
     "Three files with one picture under one label; only what is in both splits is named."
     for name, seed in zip("abcd", (3, 3, 4, 4)): photograph(seed).save(tmp_path / f"{name}.jpg", comment=name.encode())
-    table = pd.DataFrame(dict(file=[f"{name}.jpg" for name in "abcd"], label="jay", split=["train", "valid", "train", "train"]))
+    table = pd.DataFrame(
+        dict(file=[f"{name}.jpg" for name in "abcd"], label="jay", split=["train", "valid", "train", "train"])
+    )
     found = duplicate_images(table, tmp_path)
     assert found.file.tolist() == ["a.jpg", "b.jpg"] and set(found.problem) == {"train and valid"}

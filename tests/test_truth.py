@@ -1,10 +1,11 @@
 "Boxes and parts through the loaders' transforms."
-
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
+import torch
 from conftest import two_classes
+from fastai.vision.augment import FlipItem, RandomCrop, Resize, ResizeMethod
+from PIL import Image
 
 from fd_focus.data.loaders import FocusDataLoaders
 from fd_focus.data.tables import csv_table, folder_table
@@ -36,8 +37,78 @@ def test_a_turned_tiff_keeps_its_boxes(tmp_path):
     rows = []
     for i in range(8):
         for kind in ("tif", "png"):
-            Image.fromarray(np.random.default_rng(i).integers(0, 255, (50, 150, 3), dtype=np.uint8)).save(tmp_path / f"{i}.{kind}", exif=exif)
-            rows.append(dict(file=f"{i}.{kind}", label="ab"[i % 2], split="train" if i < 4 else "valid", box=np.array([0, 0, 25, 75], np.float32)))
-    dls = FocusDataLoaders.from_table(pd.DataFrame(rows), tmp_path, image_size=32, bs=4, num_workers=0, on_duplicate="warn")
+            Image.fromarray(np.random.default_rng(i).integers(0, 255, (50, 150, 3), dtype=np.uint8)).save(
+                tmp_path / f"{i}.{kind}", exif=exif
+            )
+            rows.append(
+                dict(
+                    file=f"{i}.{kind}",
+                    label="ab"[i % 2],
+                    split="train" if i < 4 else "valid",
+                    box=np.array([0, 0, 25, 75], np.float32),
+                )
+            )
+    dls = FocusDataLoaders.from_table(
+        pd.DataFrame(rows), tmp_path, image_size=32, bs=4, num_workers=0, on_duplicate="warn"
+    )
     boxes = dls.truth(list(dls.valid_ds.items))["box"]
     assert np.allclose(boxes, boxes[0])
+
+
+@pytest.fixture
+def red_boxes(tmp_path):
+    "A table of black pictures of odd sizes, one stored on its side, with a red box each; its middle is part 0."
+    exif, rows = Image.Exif(), []
+    exif[0x112] = 6
+    for i, (w, h) in enumerate([(300, 120), (90, 200), (128, 128), (301, 77), (1610, 1203), (200, 100)] * 2):
+        canvas = np.zeros((h, w, 3), np.uint8)
+        x0, y0, x1, y1 = w // 3, h // 4, w // 2, h // 2
+        canvas[y0:y1, x0:x1] = (255, 0, 0)
+        canvas[..., 1] = 10 * i                               # no two pictures are the same
+        picture, turned = Image.fromarray(canvas), i % 6 == 5
+        if turned: picture = picture.transpose(Image.Transpose.ROTATE_90)
+        picture.save(tmp_path / f"{i}.jpg", quality=98, subsampling=0, **({"exif": exif} if turned else {}))
+        parts = np.array([[(x0 + x1) / 2, (y0 + y1) / 2, (x1 - x0) / 2], [w - 1, h - 1, 1]], np.float32)
+        rows.append((f"{i}.jpg", "even" if i % 2 else "odd", "train" if i < 6 else "valid",
+                     np.array([x0, y0, x1, y1], np.float32), parts))
+    return pd.DataFrame(rows, columns=["file", "label", "split", "box", "parts"])
+
+
+def in_step(x, found, tolerance=2):
+    "Where the red is must be where the truth says, to two pixels (JPEG, interpolation)."
+    for picture, box, parts in zip(x, found["box"], found["parts"]):
+        rows, columns = (picture[0] > .5).nonzero().T
+        if not len(rows) or np.isnan(box).any():        # cropped away, or all but a sliver
+            assert np.isnan(box).any() or min(box[2:] - box[:2]) <= tolerance, box
+            continue
+        seen = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+        assert np.abs(seen - box).max() <= tolerance, (seen, box)
+        if box.min() > 0 and box.max() < 112:           # whole in the picture: its middle is where the part is
+            assert np.abs((seen[:2] + seen[2:]) / 2 - parts[0, :2]).max() <= tolerance, (seen, box, parts)
+
+
+@pytest.mark.parametrize("kwargs", [
+    dict(), dict(squash=False), dict(item_tfms=[RandomCrop(110), Resize(112), FlipItem()]),
+    dict(item_tfms=[Resize(112, ResizeMethod.Pad, "zeros")])], ids=["paper", "shape kept", "own", "padded"])
+def test_truth_against_pixels(red_boxes, tmp_path, kwargs):
+    dls = FocusDataLoaders.from_table(red_boxes, tmp_path, image_size=112, bs=6, num_workers=0, **kwargs)
+    items, found = dls.valid_ds.items, dls.truth(dls.valid_ds.items)
+    in_step(dls.valid.one_batch()[0].as_subclass(torch.Tensor), found)
+    in_step(*dls.pictures_with_truth("valid", items)[::2])
+    if "item_tfms" in kwargs: return
+    for _ in range(5): in_step(*dls.pictures_with_truth("train", dls.train_ds.items)[::2])
+    assert found["visible"].tolist() == [[True, False]] * 6       # the picture's corner is cropped away
+
+
+@pytest.mark.parametrize("squash", [True, False])
+def test_the_closed_form_against_fastais_transforms(red_boxes, tmp_path, squash):
+    dls = FocusDataLoaders.from_table(red_boxes, tmp_path, image_size=112, bs=6, num_workers=0, squash=squash)
+    quick, dls.geometry = dls.truth(dls.valid_ds.items), None
+    for name, values in dls.truth(dls.valid_ds.items).items():      # a kept shape is rounded to whole pixels
+        assert np.abs(values.astype(float) - quick[name]).max() < (1e-3 if squash else 1), name
+
+
+def test_a_table_without_boxes_says_so(folder):
+    dls = FocusDataLoaders.from_folder(folder, image_size=32, bs=4, num_workers=0)
+    for ask in (lambda: dls.truth(["a/00.jpg"]), dls.pictures_with_truth):
+        with pytest.raises(ValueError, match="know no boxes: localisation needs a table with a column 'box'"): ask()
