@@ -29,7 +29,7 @@ class FocusLoss(Module):
     def __init__(self,
         criterion: Callable | None = None,  # any loss of logits (N,C) and targets (N,); None: cross entropy
         weight: Tensor | None = None,       # (C,) weights of the classes, for cross entropy
-        head_weights: dict[str, float] | None = None,   # name -> weight of a head's loss; others as the method has them (1)
+        head_weights: dict[str, float] | None = None,   # name -> weight of a head's loss; others as the method says (1)
         label_smoothing: float = 0.,        # from 0 to below 1; in training alone
         distill: float = 0.,                # weight of the image head's cross entropy to the mean answer of all heads
         reduction: str = "mean",            # 'mean', 'sum' or 'none' (one loss an item)
@@ -43,8 +43,8 @@ class FocusLoss(Module):
             raise ValueError("weight and label_smoothing are for cross entropy; give them to your criterion")
         if head_weights and min(head_weights.values()) < 0:
             raise ValueError(f"head_weights={head_weights}: weights of the losses must not be negative")
-        self.criterion, self.weight, self.head_weights = criterion, weight, dict(head_weights or {})
         if distill < 0: raise ValueError(f"distill={distill} is a weight; use 0 for none, or more")
+        self.criterion, self.weight, self.head_weights = criterion, weight, dict(head_weights or {})
         self.label_smoothing, self.distill, self.reduction = label_smoothing, distill, reduction
         self.method, self.terms = method, {}
 
@@ -52,7 +52,8 @@ class FocusLoss(Module):
         output, target = _plain(output), _plain(target)
         criterion = self._criterion(self.training and torch.is_grad_enabled())
         if not isinstance(output, dict): return self._reduce(criterion(output, target))
-        terms = loss_terms(output, target, criterion) if self.method is None else self.method.losses(output, target, criterion)
+        losses = loss_terms if self.method is None else self.method.losses
+        terms = losses(output, target, criterion)
         if self.distill and (teacher := self._teacher(output)) is not None:
             terms["distill"] = -(teacher.detach().softmax(1) * output["image"].log_softmax(1)).sum(1)
         self.terms = {name: term.mean().detach() for name, term in terms.items()}
@@ -65,20 +66,21 @@ class FocusLoss(Module):
 @patch
 def _criterion(self: FocusLoss, training: bool) -> Callable:
     "The loss of logits (N,C) and target (N,): (N,), or a mean that the criterion makes itself."
-    whole = self.reduction == "mean"
+    whole, weighted = self.reduction == "mean", self.weight is not None
     if self.criterion is None:
-        options = dict(weight=None if self.weight is None else self.weight, reduction="mean" if whole and self.weight is not None else "none",
-                       label_smoothing=self.label_smoothing if training else 0.)
+        reduction, smoothing = "mean" if whole and weighted else "none", self.label_smoothing if training else 0.
         def cross_entropy(logits, target):
-            if options["weight"] is not None: options["weight"] = options["weight"].to(logits)
-            return F.cross_entropy(logits, target, **options)
+            weight = self.weight.to(logits) if weighted else None
+            return F.cross_entropy(logits, target, weight, reduction=reduction, label_smoothing=smoothing)
         return cross_entropy
     if whole: return self.criterion
     if hasattr(self.criterion, "reduction"):
         each = copy.deepcopy(self.criterion)
         each.reduction = "none"
         return each
-    return lambda logits, target: torch.stack([self.criterion(logit[None], t[None]).squeeze() for logit, t in zip(logits, target)])
+    def one_by_one(logits, target):
+        return torch.stack([self.criterion(logit[None], t[None]).squeeze() for logit, t in zip(logits, target)])
+    return one_by_one
 
 @patch
 def weights(self: FocusLoss, terms) -> dict[str, float]:
