@@ -26,7 +26,8 @@ from .zoom import zoom
 from .model import Focus, FocusNet, FocusOutput, PlainNet, create_body, toy_resnet
 from .loss import FocusLoss
 from .data.pictures import DataWarning, bad_images, check_images, duplicate_images, open_image
-from .data.loaders import FocusDataLoaders, loader_speed, paper_transforms
+from .data.items import loader_speed, paper_transforms
+from .data.loaders import FocusDataLoaders
 from .draw import plot_attention, plot_focus, plot_regions, plot_zooms
 from .training.learner import FocusInterpretation, FocusLearner, focus_learner, history, look, to_pixels
 from .training.checkpoint import Checkpoint, KeepBest, stoppable
