@@ -24,6 +24,8 @@ from fd_focus.use.model_folder import load_focus
 
 BIN = Path(sys.executable).parent
 TINY = ["--arch", "toy_resnet", "--image_size", "64", "--epochs", "1", "--bs", "4"]
+TOY = dict(arch="toy_resnet", image_size=48, epochs=1, bs=8, n_classes=3, images_per_class=8, valid_per_class=4,
+           examples=0)
 
 
 def command(name, *args):
@@ -32,8 +34,8 @@ def command(name, *args):
 
 def fails(*args, name="fd_focus_train"):
     "What a command says as it ends with an error; in this process, which has imported everything."
-    with mock.patch.object(sys, "argv", [name, *map(str, args)]), redirect_stderr(io.StringIO()) as said, pytest.raises(SystemExit) as end:
-        getattr(cli, name)()
+    with mock.patch.object(sys, "argv", [name, *map(str, args)]), redirect_stderr(io.StringIO()) as said:
+        with pytest.raises(SystemExit) as end: getattr(cli, name)()
     assert end.value.code not in (0, None)
     return f"{end.value.code}\n{said.getvalue()}"
 
@@ -120,8 +122,10 @@ def test_a_method_of_ones_own(folder, tmp_path, monkeypatch):
 def test_flags_win_over_the_file_and_both_over_the_preset(tmp_path):
     "Also a flag that says what is the default anyway, or is cut short."
     config, out = tmp_path / "mine.yaml", tmp_path / "run"
-    config.write_text(f"bs: 8\nm: 3\nsigma: 2\nepochs: 3\narch: toy_resnet\nimages_per_class: 8\nvalid_per_class: 2\nout: {out}\n")
-    run = command("fd_focus_train", "--preset", "photos", "--config", config, "--image-size=48", "--ep", 1, "--bs=32", "--no-hybrid")
+    written = dict(bs=8, m=3, sigma=2, epochs=3, arch="toy_resnet", images_per_class=8, valid_per_class=2, out=str(out))
+    config.write_text(json.dumps(written))          # which is YAML
+    run = command("fd_focus_train", "--preset", "photos", "--config", config, "--image-size=48", "--ep", 1, "--bs=32",
+                  "--no-hybrid")
     assert run.returncode == 0, run.stderr
     settings = json.loads((out / "summary.json").read_text())["settings"]
     names = ("bs", "m", "sigma", "epochs", "image_size", "input_size", "region_size", "l", "fusion", "hybrid")
@@ -131,14 +135,14 @@ def test_flags_win_over_the_file_and_both_over_the_preset(tmp_path):
 def test_one_process_under_torchrun_is_calibrated(tmp_path, monkeypatch, capsys):
     "It sees all validation pictures, whoever started it."
     for name, value in dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0").items(): monkeypatch.setenv(name, value)
-    fd_focus_train(arch="toy_resnet", image_size=48, epochs=1, bs=8, n_classes=3, images_per_class=8, valid_per_class=4, examples=0, out=str(tmp_path / "run"))
+    fd_focus_train(**TOY, out=str(tmp_path / "run"))
     config = json.loads((tmp_path / "run/model/config.json").read_text())
     assert config["temperature"] > 0 and "threshold" in config and "not calibrated" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("split, warned", [("valid", False), ("test", True)])
 def test_says_which_pictures_judged(tmp_path, capsys, split, warned):
-    fd_focus_train(arch="toy_resnet", image_size=48, epochs=1, bs=8, n_classes=3, images_per_class=8, valid_per_class=4, examples=0, split=split, out=str(tmp_path / "run"))
+    fd_focus_train(**TOY, split=split, out=str(tmp_path / "run"))
     said = capsys.readouterr().out
     assert f"of 12 {dict(valid='validation', test='test')[split]} pictures right" in said
     assert ("fitted on these test pictures" in said) == warned
@@ -184,7 +188,8 @@ def test_bad_arguments(folder, tmp_path):
     assert "valid_pct=2.0; use a share" in fails("--data", folder, *TINY, "--valid_pct", 2, *out)
     assert "unrecognized arguments" in fails("--data", folder, "--colour", "red")
     assert "cells" in fails("--data", folder, *TINY, "--m", 50, *out)
-    assert "larger image_size" in fails("--data", folder, *TINY, "--arch", "squeezenet1_1", "--image_size", 8, "--no-pretrained", *out)
+    small = ["--arch", "squeezenet1_1", "--image_size", 8, "--no-pretrained"]
+    assert "larger image_size" in fails("--data", folder, *TINY, *small, *out)
     assert "epochs=0" in fails("--data", folder, *TINY, "--epochs", 0, *out)
 
 

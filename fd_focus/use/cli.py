@@ -69,7 +69,7 @@ def _write_rows(classifier, files, out: Path | None, kind: str, header: bool, **
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
 
-# %% ../../nbs/67_cli.ipynb #67_cli_000
+# %% ../../nbs/67_cli.ipynb #67_cli_003
 @command
 def fd_focus_predict(
     model: str,               # model folder, or owner/name on the Hugging Face hub
@@ -148,7 +148,7 @@ def fd_focus_export(
     format: str = "onnx",     # onnx, or torch-export
     out: str = None,          # file to write; not given: model.onnx or model.pt2
     opset: int = None,        # version of ONNX's operators; 20
-    images: list[str] = None, # compare on these: files, folders, patterns, - for a list on the standard input; else birds
+    images: list[str] = None, # compare on files, folders, patterns, or - for a list on the standard input; else birds
     n: int = 64,              # compare on so many pictures at most
 ):
     "Write the model as one graph, image in, probabilities and regions out, and check that it answers as PyTorch does."
