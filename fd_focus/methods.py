@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -70,7 +70,7 @@ def loss_terms(
     outputs: dict[str, Tensor],   # name -> logits (B,C) or (B,k,C)
     target: Tensor,               # (B,) class indices
     criterion: Callable,          # of logits (N,C) and target (N,): losses (N,), or their mean
-) -> dict[str, Tensor]:           # name -> (B,), or a mean where the criterion gives means; heads without a region are left out
+) -> dict[str, Tensor]:           # name -> (B,), or a mean where the criterion gives means; none of k = 0 regions
     "The criterion of every output; of (B,k,C) its mean over k."
     terms = {}
     for name, logits in outputs.items():
@@ -114,21 +114,31 @@ class Method(nn.Module):
         "What the method says. Every method has its own."
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
-    def losses(self, outputs: dict, target: Tensor, criterion: Callable) -> dict[str, Tensor]:
-        "Loss terms by name, from what `forward` returned in training; see `loss_terms`."
-        return loss_terms(outputs, target, criterion)
-    def look(self, x: Tensor) -> Look:
-        "In eval mode: the answer, and what it rests on."
-        return Look(self(x))
-    def examine(self, x: Tensor) -> Look:
-        "In eval mode: everything that could be seen, also what the answer does without. For metrics and figures."
-        return self.look(x)
-    def teacher(self, outputs: dict) -> Tensor | None:
-        "Logits (B,C) of all heads together, for the image head to learn from (distillation); None with a single head."
-        return mean_of_heads(list(outputs.values())) if len(outputs) > 1 else None
-    def callbacks(self) -> list:
-        "fastai callbacks that its training needs."
-        return []
+# %% ../nbs/15_methods.ipynb #15_methods_039
+@patch
+def losses(self: Method, outputs: dict, target: Tensor, criterion: Callable) -> dict[str, Tensor]:
+    "Loss terms by name, from what `forward` returned in training; see `loss_terms`."
+    return loss_terms(outputs, target, criterion)
+
+@patch
+def look(self: Method, x: Tensor) -> Look:
+    "In eval mode: the answer, and what it rests on."
+    return Look(self(x))
+
+@patch
+def examine(self: Method, x: Tensor) -> Look:
+    "In eval mode: everything that could be seen, also what the answer does without. For metrics and figures."
+    return self.look(x)
+
+@patch
+def teacher(self: Method, outputs: dict) -> Tensor | None:
+    "Logits (B,C) of all heads together, for the image head to learn from (distillation); None with a single head."
+    return mean_of_heads(list(outputs.values())) if len(outputs) > 1 else None
+
+@patch
+def callbacks(self: Method) -> list:
+    "fastai callbacks that its training needs."
+    return []
 
 # %% ../nbs/15_methods.ipynb #15_methods_017
 class PlainNet(Method):
@@ -140,12 +150,13 @@ class PlainNet(Method):
         logits = self.image_head(self.body(x).mean((2, 3)))
         return {"image": logits} if self.training else logits
 
-# %% ../nbs/15_methods.ipynb #15_methods_020
+# %% ../nbs/15_methods.ipynb #15_methods_021
 def method_options(
     cls: type[Method],
 ) -> tuple[str, ...]:      # names
     "The arguments of a method's constructor but the body and the number of classes."
-    return tuple(name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "body", "n_classes"))
+    names = inspect.signature(cls.__init__).parameters
+    return tuple(name for name in names if name not in ("self", "body", "n_classes"))
 
 def _as_json(value): return [_as_json(v) for v in value] if isinstance(value, (tuple, list)) else value
 
@@ -153,23 +164,21 @@ def _is_json(value) -> bool:
     if isinstance(value, (list, tuple)): return all(map(_is_json, value))
     return value is None or type(value) in (bool, int, float, str)
 
-# %% ../nbs/15_methods.ipynb #15_methods_021
-from fastcore.basics import patch
-
 @patch
 def config(self: Method) -> dict:
-    "Arguments that build the method again: `METHODS[name](body, n_classes, **config)`. ValueError for one that is no plain value."
+    "Arguments that build it again: `METHODS[name](body, n_classes, **config)`. ValueError for one of no plain value."
     found = {}
     for name in method_options(type(self)):
         default = inspect.signature(type(self).__init__).parameters[name].default
         given, now = self.given.get(name, default), getattr(self, name, None)
         value = now if now is not None and _is_json(now) else given
         if not _is_json(value):
-            raise ValueError(f"{type(self).__name__}: {name} is a {type(value).__name__}, which a model folder cannot record; "
-                             "take numbers and strings, or give the class a `config` of its own")
+            raise ValueError(f"{type(self).__name__}: {name} is a {type(value).__name__}, which a model folder cannot "
+                             "record; take numbers and strings, or give the class a `config` of its own")
         found[name] = _as_json(value)
     return found
 
+# %% ../nbs/15_methods.ipynb #15_methods_041
 @patch(as_prop=True)
 def bodies(self: Method) -> list[nn.Module]:
     "The bodies, where there are several: what is compiled, checkpointed, folded, and trained at its own rate."
@@ -180,7 +189,6 @@ def source(self: Method) -> BodySource | None:
     "What the body was made from; None for a body of one's own."
     return getattr(self.body, "source", None)
 
-# %% ../nbs/15_methods.ipynb #15_methods_023
 @patch(cls_method=True)
 def from_arch(cls: Method,
     arch: str | Callable,              # see `create_body`
@@ -210,7 +218,7 @@ class _Methods(Mapping):
     def __contains__(self, name): return name in self.places
     def __getitem__(self, name: str) -> type[Method]:
         if name not in self.places:
-            raise UnknownMethod(f"method={name!r} is none of {', '.join(self)}; register(name, cls) adds one of your own")
+            raise UnknownMethod(f"method={name!r} is none of {', '.join(self)}; register(name, cls) adds your own")
         if isinstance(place := self.places[name], str):
             module, _, cls = place.partition(":")
             self.places[name] = getattr(importlib.import_module(module), cls)
@@ -225,10 +233,13 @@ def register(
     name: str,            # a word of letters, digits and _
     cls: type[Method],
 ) -> type[Method]:        # the class
-    "Make a method known by name: to learners, settings, commands, model folders. ValueError for a name of the library's own."
-    if not (isinstance(cls, type) and issubclass(cls, Method)): raise ValueError(f"{cls!r} is no Method: derive it from Method")
-    if not isinstance(name, str) or not name.isidentifier(): raise ValueError(f"name={name!r}: use a word of letters, digits and _")
-    if name in _OURS and METHODS[name] is not cls: raise ValueError(f"name={name!r} is a method of the library: use another")
+    "Make a method known by name: to learners, settings, commands, model folders. ValueError for a name of the library."
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise ValueError(f"{cls!r} is no Method: derive it from Method")
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"name={name!r}: use a word of letters, digits and _")
+    if name in _OURS and METHODS[name] is not cls:
+        raise ValueError(f"name={name!r} is a method of the library: use another")
     METHODS.places[name] = cls
     return cls
 
@@ -260,7 +271,7 @@ def build_method(
 def bare(
     model: nn.Module,
 ) -> nn.Module:
-    "The network itself, out of `DistributedDataParallel`, `DataParallel` and what `torch.compile` returns, however deep."
+    "The network itself, out of `DistributedDataParallel`, `DataParallel` and `torch.compile`, however deep."
     while True:
         if isinstance(model, (DistributedDataParallel, DataParallel)): model = model.module
         elif "_orig_mod" in getattr(model, "_modules", {}): model = model._orig_mod
