@@ -1,5 +1,4 @@
 "What the method promises about cost, and that it stays one graph."
-import pytest
 import torch
 
 from fd_focus.focus import FocusNet

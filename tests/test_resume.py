@@ -1,5 +1,4 @@
-"A run that is killed, stopped or out of room goes on as if nothing had happened; settings from files, flags and checkpoints."
-import inspect
+"A run that is killed, stopped or out of room goes on as if nothing had happened."
 import json
 import multiprocessing
 import os
@@ -20,8 +19,9 @@ from fastai.callback.core import Callback
 from safetensors.torch import load_file
 
 from fd_focus.training.checkpoint import Checkpoint, read_checkpoint
-from fd_focus.use.cli import fd_focus_train
-from fd_focus.training.run import Settings, make_learner, train
+from fd_focus.training.run import make_learner, train
+from fd_focus.training.settings import Settings
+from fd_focus.use.commands import fd_focus_train
 from fd_focus.toy import ToyBirds
 
 BIN = Path(sys.executable).parent
@@ -32,7 +32,7 @@ def work(kwargs, log, tweak, argument):
     "In a process of its own: `fd_focus_train(**kwargs)`, its words in the file `log`."
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
     os.dup2(1, 2)
-    multiprocessing.set_start_method("fork", force=True)     # what a program of its own has on Linux; the server's children inherit 'forkserver'
+    multiprocessing.set_start_method("fork", force=True)     # as a program of its own has; here it is 'forkserver'
     if tweak: tweak(argument)
     fd_focus_train(**kwargs)
 
@@ -62,12 +62,14 @@ def fake_wandb(file):
         def update(self, other, **kwargs): super().update({k: str(v) for k, v in other.items()})
     told, module = [], types.ModuleType("wandb")
     def log(values, step=None):
-        told.append({k: float(v) for k, v in values.items() if isinstance(v, (int, float)) or hasattr(v, "item")} | dict(step=step))
+        numbers = {k: float(v) for k, v in values.items() if isinstance(v, (int, float)) or hasattr(v, "item")}
+        told.append(numbers | dict(step=step))
         Path(file).write_text(json.dumps(dict(told=told, project=module.project, config=module.given)))
     def init(project, group, dir, config):
         module.project, module.given = project, config
         module.run = types.SimpleNamespace(step=0, summary={})
-    module.init, module.log, module.run, module.config, module.watch = init, log, None, Settings(), lambda *args, **kwargs: None
+    module.init, module.log, module.run, module.config = init, log, None, Settings()
+    module.watch = lambda *args, **kwargs: None
     sys.modules["wandb"] = module
 
 
@@ -136,7 +138,7 @@ def test_killed_at_random_points(whole, start, finish, tmp_path, seed):
     for attempt in range(3):
         before = stamp()
         process = start(out, resume=attempt > 0, **({} if attempt else TINY))
-        wait_for(lambda: stamp() != before, process)     # a boundary was reached, so every attempt gets on
+        wait_for(lambda before=before: stamp() != before, process)     # so every attempt gets on
         time.sleep(rng.random() * took / 4)
         if not file.exists(): break
         kill(process)
@@ -147,8 +149,8 @@ def test_killed_at_random_points(whole, start, finish, tmp_path, seed):
     assert not list(out.glob(".*part*"))
 
 
-@pytest.mark.parametrize("settings", [dict(recipe="modern", ema=.9, mixup=.2, image_first=1, keep_best=True),
-                                      pytest.param(dict(recipe="paper", lr=.01, attention="random"), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("settings", [dict(recipe="modern", ema=.9, mixup=.2, keep_best=True), pytest.param(
+    dict(recipe="paper", method="random_regions"), marks=pytest.mark.slow)])
 def test_every_recipe(start, finish, tmp_path, settings):
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump({**TINY, **settings}))
     config, out = str(tmp_path / "settings.yaml"), tmp_path / "run"
@@ -202,7 +204,8 @@ def test_killed_while_writing_a_checkpoint(whole, start, finish, tmp_path):
     out = tmp_path / "run"
     process = start(out, slow_writing, 2, **TINY)
     file, part = out / "checkpoint.pt", out / ".checkpoint.part.pt"
-    wait_for(lambda: file.exists() and read_checkpoint(file)["epoch"] == 1 and part.exists() and part.stat().st_size, process)
+    def half_written(): return read_checkpoint(file)["epoch"] == 1 and part.exists() and part.stat().st_size
+    wait_for(lambda: file.exists() and half_written(), process)
     kill(process)
     assert part.exists() and read_checkpoint(file)["epoch"] == 1
     assert finish(out, resume=True)[0] == 0
@@ -213,14 +216,16 @@ def test_full_disk(whole, start, finish, tmp_path):
     "A small file system where we may mount one, else a limit on the size of files."
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)], capture_output=True).returncode == 0 if sys.platform == "linux" else False
+    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)]
+    mounted = sys.platform == "linux" and subprocess.run(mount, capture_output=True).returncode == 0
     try:
         out = disk / "run"
         status, said = finish(out, *(() if mounted else (small_files, 2 << 20)), **TINY)
         assert status == 1 and "Traceback" not in said, said
         assert ("No space left on device" if mounted else "File too large") in said and "checkpoint.pt" in said
         assert f"fd_focus_train --resume --out {out}" in said
-        assert read_checkpoint(out / "checkpoint.pt")["epoch"] == (1 if mounted else 0) and not (out / ".checkpoint.part.pt").exists()
+        assert read_checkpoint(out / "checkpoint.pt")["epoch"] == (1 if mounted else 0)
+        assert not (out / ".checkpoint.part.pt").exists()
         if mounted: subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         assert finish(out, resume=True)[0] == 0
         assert same(whole, out)
@@ -237,7 +242,8 @@ def test_ctrl_c_and_the_command_it_prints(whole, start, tmp_path):
     process.join(600)
     said = Path(f"{out}.log").read_text()
     assert process.exitcode == 130 and "Traceback" not in said, said
-    assert "stopping at the end of this batch" in said and re.search(r"stopped (after batch \d of 5|while validating) in epoch \d of 4", said)
+    assert "stopping at the end of this batch" in said
+    assert re.search(r"stopped (after batch \d of 5|while validating) in epoch \d of 4", said)
     assert not (out / ".checkpoint.part.pt").exists()
     command = said.strip().splitlines()[-1].strip()
     assert command == f"fd_focus_train --resume --out '{out}'"
@@ -279,14 +285,16 @@ def unfinished(birds, tmp_path_factory):
     "A run on a copy of the birds, stopped before its report was written."
     folder = tmp_path_factory.mktemp("unfinished")
     shutil.copytree(birds, folder / "birds")
-    train(Settings(data=str(folder / "birds"), arch="toy_resnet", image_size=48, epochs=1, bs=4), bar=False, out=folder / "run")
+    settings = Settings(data=str(folder / "birds"), arch="toy_resnet", image_size=48, epochs=1, bs=4)
+    train(settings, bar=False, out=folder / "run")
     return folder
 
 
 def test_resume_what_cannot_be_resumed(unfinished, birds, tmp_path):
     assert "no checkpoint checkpoint.pt in" in fails(resume=True, out=str(tmp_path / "nowhere"))
     run, data = unfinished / "run", unfinished / "birds"
-    assert "epochs=9 (there: 1), plain=True (there: False)" in fails(resume=True, out=str(run), epochs=9, plain=True)
+    said = fails(resume=True, out=str(run), epochs=9, method="plain")
+    assert "epochs=9 (there: 1), method=plain (there: focus)" in said
     said = fails(out=str(run), arch="toy_resnet", image_size=48)
     assert "holds an unfinished run (1 of 1 epochs done)" in said and "--resume --out" in said
     victim = sorted(data.iterdir())[-1]
@@ -305,30 +313,17 @@ def test_resume_what_cannot_be_resumed(unfinished, birds, tmp_path):
 
 def test_flags_win_over_the_file(finish, tmp_path):
     config = tmp_path / "settings.yaml"
-    config.write_text(yaml.safe_dump({**TINY, "epochs": 3, "lr": 1e-3, "sigma": 2., "keep_best": True, "out": str(tmp_path / "elsewhere")}))
+    written = {**TINY, "epochs": 3, "lr": 1e-3, "sigma": 2., "keep_best": True, "out": str(tmp_path / "elsewhere")}
+    config.write_text(yaml.safe_dump(written))
     status, said = finish(tmp_path / "run", config=str(config), epochs=2)
     assert status == 0, said
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     recorded = yaml.safe_load((tmp_path / "run/settings.yaml").read_text())
     assert recorded == summary["settings"] and set(recorded) == set(Settings.__dataclass_fields__)
-    assert (recorded["epochs"], recorded["lr"], recorded["sigma"], recorded["bs"], recorded["m"]) == (2, 1e-3, 2., 8, 6)
+    assert (recorded["epochs"], recorded["lr"], recorded["sigma"], recorded["bs"]) == (2, 1e-3, 2., 8)
     table = pd.read_csv(tmp_path / "run/metrics.csv")
     assert summary["weights_of_epoch"] == table.accuracy.argmax() + 1 and summary["accuracy"] == table.accuracy.max()
     assert f"weights of epoch {summary['weights_of_epoch']} of 2" in said and not (tmp_path / "elsewhere").exists()
-
-
-def typed(words): sys.argv[:] = words
-
-
-def test_typed_defaults_win_too(start, tmp_path):
-    "`--bs=32` is the default, but it was typed; so was `--ep`, in short."
-    config = tmp_path / "settings.yaml"
-    config.write_text("epochs: 3\nbs: 8\nm: 5\nsigma: 2\narch: toy_resnet\nimage_size: 48\nimages_per_class: 8\n")
-    process = start(tmp_path / "run", typed, ["fd_focus_train", "--config", str(config), "--ep", "15", "--bs=32"], config=str(config))
-    wait_for((tmp_path / "run/settings.yaml").exists, process)
-    kill(process)
-    recorded = yaml.safe_load((tmp_path / "run/settings.yaml").read_text())
-    assert [recorded[name] for name in ("epochs", "bs", "m", "sigma")] == [15, 32, 5, 2.]
 
 
 def test_a_failed_start_leaves_a_finished_run_alone(whole):
@@ -345,12 +340,6 @@ def test_bad_settings(tmp_path):
     assert "no settings file" in fails(config=str(tmp_path / "gone.yaml"), out=str(tmp_path / "run"))
     assert "log='paper' is none of" in fails(log="paper", out=str(tmp_path / "run"), **TINY)
     assert not (tmp_path / "run/checkpoint.pt").exists()
-
-
-def test_flags_have_the_settings_defaults():
-    flags = {name: parameter.default for name, parameter in inspect.signature(fd_focus_train.__wrapped__).parameters.items()}
-    known = {name: field.default for name, field in Settings.__dataclass_fields__.items()}
-    assert {name: value for name, value in flags.items() if name not in ("config", "examples", "out", "resume")} == {name: known[name] for name in flags if name in known}
 
 
 def test_tensorboard(whole, finish, tmp_path):
@@ -371,7 +360,8 @@ def test_wandb(whole, finish, tmp_path):
     told = json.loads((tmp_path / "told.json").read_text())
     assert told["project"] == "fd_focus" and told["config"]["epochs"] == 4
     accuracy = json.loads((tmp_path / "run/summary.json").read_text())["accuracy"]
-    assert any(row.get("accuracy") == pytest.approx(accuracy) for row in told["told"]) and sum("train_loss" in row for row in told["told"]) >= 20
+    assert any(row.get("accuracy") == pytest.approx(accuracy) for row in told["told"])
+    assert sum("train_loss" in row for row in told["told"]) >= 20
     assert same(whole, tmp_path / "run")
 
 

@@ -8,12 +8,19 @@ from fastai.callback.core import Callback, CancelFitException
 
 from fd_focus.attention import attention_map
 from fd_focus.data.loaders import FocusDataLoaders
-from fd_focus.training.learner import ImageFirst, focus_learner
+from fd_focus.training.learner import focus_learner
 from fd_focus.loss import FocusLoss
-from fd_focus.model import FocusNet, toy_resnet
+from fd_focus.bodies import toy_resnet
+from fd_focus.focus import FocusNet
 from fd_focus.regions import propose_from_table, region_grid, suppression_table
-from fd_focus.training.speed import AccumulateGradients, BFloat16, CheckpointBody, CompileBody, FusedAdam, body_segments, speed_up
+from fd_focus.training.speed import BFloat16, CheckpointBody, CompileBody, FusedAdam, body_segments, speed_up
 from fd_focus.zoom import zoom
+
+
+def treated(body): return "forward" in vars(body) or body._compiled_call_impl is not None
+
+
+TAKES_THE_BODY = [CheckpointBody, lambda: CompileBody(backend="eager")]
 
 
 class Locate(torch.nn.Module):
@@ -30,27 +37,31 @@ class Locate(torch.nn.Module):
 
 def inputs(batch):
     generator = torch.Generator().manual_seed(batch)
-    return (torch.rand(batch, 3, 96, 96, generator=generator), torch.randn(batch, 16, 6, 6, generator=generator), torch.randn(40, 16, generator=generator))
+    images = torch.rand(batch, 3, 96, 96, generator=generator)
+    return images, torch.randn(batch, 16, 6, 6, generator=generator), torch.randn(40, 16, generator=generator)
 
 
 def test_compiles_as_one_graph():
-    "fullgraph=True raises where anything would leave the graph: a branch or a loop that depends on data, NumPy, a Python object."
+    "fullgraph=True raises where anything would leave the graph: a branch on data, NumPy, a Python object."
     torch._dynamo.reset()
     located = torch.compile(Locate(), fullgraph=True, backend="aot_eager")(*inputs(3))
-    for ours, expected in zip(located, Locate()(*inputs(3))): torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+    for ours, expected in zip(located, Locate()(*inputs(3))):
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
 
 def test_fullgraph_would_notice():
     def host(x): return x * 2 if x.max().item() > .5 else x
     torch._dynamo.reset()
-    with pytest.raises(Exception): torch.compile(host, fullgraph=True, backend="aot_eager")(torch.rand(3))
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(host, fullgraph=True, backend="aot_eager")(torch.rand(3))
 
 
 def test_exports_with_a_free_batch():
     batch = torch.export.Dim("batch", min=2, max=64)
     program = torch.export.export(Locate(), inputs(3), dynamic_shapes=({0: batch}, {0: batch}, None))
     for size in (2, 5):
-        for ours, expected in zip(program.module()(*inputs(size)), Locate()(*inputs(size))): torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+        for ours, expected in zip(program.module()(*inputs(size)), Locate()(*inputs(size))):
+            torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
 
 class HostReads(torch.overrides.TorchFunctionMode):
@@ -67,7 +78,7 @@ class HostReads(torch.overrides.TorchFunctionMode):
 
 
 def test_step_reads_nothing_on_the_host(monkeypatch):
-    "On a CPU, selection reads the tensor's memory through NumPy, which costs no wait; the form for devices is taken here."
+    "On a CPU, selection reads the tensor's memory through NumPy, at no wait; the form for devices is taken here."
     import fd_focus.regions as regions
     monkeypatch.setattr(regions, "_numpy_can", lambda scores: False)
     net, loss_func = FocusNet(toy_resnet(), 5, image_size=96).train(), FocusLoss()
@@ -101,7 +112,7 @@ def test_training_waits_once_an_epoch(dls):
         def before_batch(self):
             if self.training: torch.cuda.set_sync_debug_mode("warn")
         def after_pred(self): pass
-        def after_step(self): torch.cuda.set_sync_debug_mode("default")        # the loader's copy to the device is not the step's
+        def after_step(self): torch.cuda.set_sync_debug_mode("default")    # the loader's copy is not the step's
     learn = focus_learner(dls, "toy_resnet", pretrained=False, opt_func=FusedAdam, cbs=[Count()])
     learn.dls.cuda(); learn.model.cuda()
     with quiet(learn), warnings.catch_warnings(record=True) as caught:
@@ -125,9 +136,12 @@ def test_bfloat16_is_left_after_an_error(dls):
 
 
 def test_attention_is_float32_under_bfloat16(dls, monkeypatch):
-    import fd_focus.model as model
+    import fd_focus.focus as model
     seen, whole = [], model.propose_from_table
-    monkeypatch.setattr(model, "propose_from_table", lambda attention, *args: (seen.append(attention.dtype), whole(attention, *args))[1])
+    def noted(attention, *args):
+        seen.append(attention.dtype)
+        return whole(attention, *args)
+    monkeypatch.setattr(model, "propose_from_table", noted)
     learn = speed_up(focus_learner(dls, "toy_resnet", pretrained=False), amp="bf16")
     with quiet(learn): learn.fit(1, 1e-3)
     assert seen and set(seen) == {torch.float32}
@@ -156,7 +170,7 @@ def test_speed_up_replaces_an_earlier_choice(dls):
 
 @pytest.mark.parametrize("accumulate,ratios", [(3, [1, 3]), (9, [9 / 4]), (2, [1, 1])])
 def test_an_epoch_uses_all_its_gradients(accumulate, ratios):
-    "Four batches an epoch: each step's gradients are the mean over its pictures, also where an epoch has fewer batches than a step wants."
+    "Four batches an epoch: a step's gradients are the mean over its pictures, also where it wants more batches."
     four = FocusDataLoaders.from_toy(images_per_class=8, valid_per_class=1, n_classes=4, image_size=64, bs=8)
     found = []
     class Watch(Callback):
@@ -182,7 +196,7 @@ def test_gradients_of_a_stopped_fit_are_forgotten(dls):
         learn.fit(1, 1e-3, cbs=[Look()])
 
 
-@pytest.mark.parametrize("make", [CheckpointBody, lambda: CompileBody(backend="eager")], ids=["checkpointing", "compile"])
+@pytest.mark.parametrize("make", TAKES_THE_BODY, ids=["checkpointing", "compile"])
 def test_options_find_the_body_of_a_wrapped_model(dls, tmp_path, monkeypatch, make):
     "Several processes train a network that is wrapped, and it may be wrapped when the callbacks clean up."
     import fd_focus.training.speed as speed
@@ -197,11 +211,11 @@ def test_options_find_the_body_of_a_wrapped_model(dls, tmp_path, monkeypatch, ma
     finally: torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("make", [CheckpointBody, lambda: CompileBody(backend="eager"), lambda: ImageFirst(2)], ids=["checkpointing", "compile", "warm-up"])
+@pytest.mark.parametrize("make", TAKES_THE_BODY, ids=["checkpointing", "compile"])
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError, CancelFitException])
 def test_a_fit_that_is_broken_off_leaves_the_network_as_it_was(dls, monkeypatch, make, stop):
     "fastai calls no `after_fit` after Ctrl-C or an error."
-    import fd_focus.training.checkpoint                                   # which has its own loop over epochs
+    import fd_focus.training.checkpoint    # noqa: F401 -- has its own loop over epochs
     import fd_focus.training.speed as speed
     monkeypatch.setattr(speed, "_need_compiler", lambda device: None)
     seen = []
@@ -209,12 +223,12 @@ def test_a_fit_that_is_broken_off_leaves_the_network_as_it_was(dls, monkeypatch,
         order = 90
         def after_batch(self):
             body = self.model.body
-            seen.append("forward" in vars(body) or body._compiled_call_impl is not None or self.model.first_look_only)
+            seen.append("forward" in vars(body) or body._compiled_call_impl is not None)
             raise stop("enough")
     learn = focus_learner(dls, "toy_resnet", pretrained=False)
     with contextlib.suppress(KeyboardInterrupt, OSError), quiet(learn): learn.fit(1, 1e-3, cbs=[make(), Stop()])
     assert seen == [True]                                        # in mid-fit it was another
-    assert "forward" not in vars(learn.model.body) and learn.model.body._compiled_call_impl is None and not learn.model.first_look_only
+    assert "forward" not in vars(learn.model.body) and learn.model.body._compiled_call_impl is None
     with quiet(learn): learn.fit(1, 1e-3)
     assert len(learn.recorder.values) == 1
 
@@ -227,11 +241,13 @@ def test_compile_asks_for_a_compiler_before_training(dls, monkeypatch):
     with quiet(learn), pytest.raises(ValueError, match="install g\\+\\+ or clang\\+\\+"): learn.fit(1, 1e-3)
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v2", "squeezenet1_1", "vgg11_bn", "densenet121", "convnext_tiny"])
+@pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v2", "squeezenet1_1", "vgg11_bn", "densenet121",
+                                  "convnext_tiny"])
 def test_segments_are_the_whole_body_in_order(arch):
-    from fd_focus.model import create_body
+    from fd_focus.bodies import create_body
     body = create_body(arch, pretrained=False)[0]
-    assert sum(len(list(unit.parameters())) for segment in body_segments(body) for unit in segment) == len(list(body.parameters()))
+    units = [unit for segment in body_segments(body) for unit in segment]
+    assert sum(len(list(unit.parameters())) for unit in units) == len(list(body.parameters()))
     body.eval()
     x = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
@@ -240,17 +256,50 @@ def test_segments_are_the_whole_body_in_order(arch):
             start = out.clone()
             held = out
             for unit in segment: out = unit(out)
-            torch.testing.assert_close(held, start)                          # a border that is overwritten could not be computed from again
+            torch.testing.assert_close(held, start)      # from an overwritten border nothing could be computed again
     torch.testing.assert_close(out, expected)
 
 
 def test_settings_choose_the_options():
-    from fd_focus.training.run import Settings, make_learner
+    from fd_focus.training.run import make_learner
+    from fd_focus.training.settings import Settings
     base = dict(data="toy", arch="toy_resnet", image_size=64, epochs=1, bs=16, images_per_class=4, n_classes=4)
     kinds = lambda **options: {type(cb).__name__ for cb in make_learner(Settings(**base, **options)).cbs}
     assert "ChannelsLast" in kinds()
     assert {"BFloat16", "CheckpointBody", "AccumulateGradients"} <= kinds(amp="bf16", checkpointing=True, accumulate=2)
     assert "CompileBody" in kinds(compile_body=True) and "ChannelsLast" not in kinds(channels_last=False)
-    for options, message in ((dict(amp="fp8"), "amp='fp8' is none of"), (dict(accumulate=0), "accumulate=0; use a whole number"),
+    for options, message in ((dict(amp="fp8"), "amp='fp8' is none of"),
+                             (dict(accumulate=0), "accumulate=0; use a whole number"),
                              (dict(compile_body=True, checkpointing=True), "exclude each other")):
         with pytest.raises(ValueError, match=message): make_learner(Settings(**base, **options))
+
+
+@pytest.mark.parametrize("options", [dict(checkpointing=True), dict(compile_body=True)], ids=str)
+def test_both_bodies_are_treated(dls, monkeypatch, options):
+    "With crop_norm='separate' a second body sees the crops; it shares the parameters, and has statistics of its own."
+    import fd_focus.training.speed as speed
+    monkeypatch.setattr(speed, "_need_compiler", lambda device: None)
+    seen = []
+    class Watch(Callback):
+        order = 90
+        def after_batch(self):
+            if self.training:
+                seen.append([treated(body) for body in self.model.bodies])
+    ends = []
+    for chosen in ({}, options):
+        torch.manual_seed(0)
+        dls.train.rng.seed(0)
+        learn = focus_learner(dls, "toy_resnet", pretrained=False, crop_norm="separate", cbs=[Watch()])
+        speed_up(learn, **chosen)
+        for cb in learn.cbs:
+            if isinstance(cb, CompileBody): cb.kwargs["backend"] = "eager"
+        with quiet(learn): learn.fit(1, 1e-3)
+        ends.append(learn.model.state_dict())
+    assert seen[0] == [False, False] and seen[-1] == [True, True]
+    for name, tensor in ends[0].items(): torch.testing.assert_close(tensor, ends[1][name], atol=1e-4, rtol=0)
+
+
+def test_half_precision_wants_our_learner(dls):
+    from fastai.learner import Learner
+    learn = Learner(dls, FocusNet(toy_resnet(), 4, image_size=64), loss_func=FocusLoss(), cbs=[BFloat16()])
+    with quiet(learn), pytest.raises(TypeError, match="BFloat16 is for a FocusLearner"): learn.fit(1)

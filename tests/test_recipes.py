@@ -1,0 +1,60 @@
+"Recipes beside fastai's own callbacks, and what they leave on the learner."
+import pytest
+import torch
+from fastai.callback.core import Callback
+from fastai.callback.mixup import CutMix, MixUp
+from fastai.callback.tracker import SaveModelCallback
+from fastai.callback.training import GradientAccumulation
+from fastai.optimizer import Adam
+
+from fd_focus.data.loaders import FocusDataLoaders
+from fd_focus.training.learner import focus_learner
+from fd_focus.training.recipes import AverageWeights
+
+
+@pytest.fixture(scope="module")
+def dls(): return FocusDataLoaders.from_toy(8, 2, n_classes=3, image_size=48, bs=4)
+
+
+def fit(dls, how="fit_modern", cbs=None, options=None, **kwargs):
+    learn = focus_learner(dls, "toy_resnet", pretrained=False, **(options or {}))
+    with learn.no_bar(), learn.no_logging(): getattr(learn, how)(1, cbs=cbs, **kwargs)
+    return learn
+
+
+def test_steps_are_averaged_and_not_batches(dls):
+    average = AverageWeights(.9)
+    fit(dls, cbs=[GradientAccumulation(2 * dls.train.bs), average])
+    assert average.steps == len(dls.train) // 2
+
+
+def test_weights_that_nobody_judged_are_not_saved(dls):
+    with pytest.raises(ValueError, match="use KeepBest"): fit(dls, ema=.9, cbs=SaveModelCallback("accuracy"))
+
+
+@pytest.mark.parametrize("blend", [MixUp, CutMix])
+def test_blended_classes_are_no_true_class(dls, blend):
+    with pytest.raises(ValueError, match="attention='single' looks for one true class"):
+        fit(dls, cbs=blend(), options=dict(attention="single"))
+
+
+def test_mixup_trains_every_head(dls):
+    torch.manual_seed(0)
+    start = {name: p.clone() for name, p in focus_learner(dls, "toy_resnet", pretrained=False).model.named_parameters()}
+    torch.manual_seed(0)
+    mixed = dict(fit(dls, mixup=.2).model.named_parameters())
+    for head in ("image_head", "region_head", "hybrid_head"):
+        assert not mixed[f"{head}.weight"].equal(start[f"{head}.weight"])
+
+
+class Stop(Callback):
+    def before_batch(self): raise KeyboardInterrupt
+
+
+def test_the_papers_optimiser_goes_with_its_fit(dls):
+    learn = fit(dls, "fit_paper")
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_one_cycle(1)
+        assert learn.opt_func is Adam and "sqr_avg" in next(iter(learn.opt.state.values())) and not learn.wd_bn_bias
+        with pytest.raises(KeyboardInterrupt): learn.fit_paper(1, cbs=Stop())
+    assert learn.opt_func is Adam and learn.opt is None and not learn.wd_bn_bias
