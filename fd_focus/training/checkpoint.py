@@ -63,8 +63,9 @@ def random_state(
     "The state of every random generator that training uses."
     kind, words, gauss = random.getstate()
     name, keys, place, has_gauss, cached = np.random.get_state()
-    state = dict(python=[kind, list(words), gauss], numpy=[name, torch.from_numpy(keys.astype(np.int64)), place, has_gauss, cached],
-                 torch=torch.get_rng_state(), loaders=[[k, list(w), g] for k, w, g in (dl.rng.getstate() for dl in loaders)])
+    state = dict(python=[kind, list(words), gauss], torch=torch.get_rng_state(),
+                 numpy=[name, torch.from_numpy(keys.astype(np.int64)), place, has_gauss, cached],
+                 loaders=[[k, list(w), g] for k, w, g in (dl.rng.getstate() for dl in loaders)])
     if torch.cuda.is_available(): state["cuda"] = torch.cuda.get_rng_state_all()
     return state
 
@@ -76,7 +77,8 @@ def set_random_state(state: dict, loaders=()) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     for dl, s in zip(loaders, state["loaders"]): dl.rng.setstate(as_state(s))
-    if torch.cuda.is_available() and len(state.get("cuda", ())) == torch.cuda.device_count(): torch.cuda.set_rng_state_all(state["cuda"])
+    if torch.cuda.is_available() and len(state.get("cuda", ())) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
 
 # %% ../../nbs/32_checkpoint.ipynb #71_checkpoint012
 def plain(value):
@@ -95,14 +97,16 @@ def _remembers(cb: Callback) -> list[str]:
     return [name for name in names if name in vars(cb)]
 
 def _memories(learn) -> dict:
-    memories = {cb.name: {name: plain(vars(cb)[name]) for name in names} for cb in learn.cbs if (names := _remembers(cb))}
+    memories = {cb.name: {name: plain(vars(cb)[name]) for name in names}
+                for cb in learn.cbs if (names := _remembers(cb))}
     if getattr(scaler := getattr(getattr(learn, "mixed_precision", None), "scaler", None), "state_dict", None):
         memories["mixed_precision"] = plain(scaler.state_dict())
     return memories
 
 def _recall(learn, memories: dict) -> None:
     memories = to_device(memories, next(learn.model.parameters()).device)
-    for cb in learn.cbs: vars(cb).update({name: memories[cb.name][name] for name in _remembers(cb)} if cb.name in memories else {})
+    for cb in learn.cbs:
+        if saved := memories.get(cb.name): vars(cb).update({name: saved[name] for name in _remembers(cb)})
     if memories.get("mixed_precision"): learn.mixed_precision.scaler.load_state_dict(memories["mixed_precision"])
 
 # %% ../../nbs/32_checkpoint.ipynb #71_checkpoint016
@@ -112,18 +116,22 @@ def _own(dl):
 
 def _digest(items) -> str:
     "Of the items' names; empty for items without one."
-    if any(type(item).__str__ is object.__str__ and type(item).__repr__ is object.__repr__ for item in items[:1]): return ""
+    nameless = lambda item: type(item).__str__ is object.__str__ and type(item).__repr__ is object.__repr__
+    if any(map(nameless, items[:1])): return ""
     return hashlib.sha256("\n".join(map(str, items)).encode()).hexdigest()[:16]
 
 def facts(learn) -> dict:
     "What must be the same when training goes on."
     dls, items = learn.dls, [list(getattr(ds, "items", [])) for ds in (learn.dls.train_ds, learn.dls.valid_ds)]
-    return {"classes": [str(c) for c in getattr(dls, "vocab", [])], "training pictures": len(dls.train_ds), "validation pictures": len(dls.valid_ds),
-            "names of the pictures": _digest(items[0]) + _digest(items[1]), "pictures a batch": _own(dls.train).bs * max(1, num_distrib()),
+    return {"classes": [str(c) for c in getattr(dls, "vocab", [])],
+            "training pictures": len(dls.train_ds), "validation pictures": len(dls.valid_ds),
+            "names of the pictures": _digest(items[0]) + _digest(items[1]),
+            "pictures a batch": _own(dls.train).bs * max(1, num_distrib()),
             "frozen groups": learn.opt.frozen_idx, "groups of parameters": len(learn.opt.param_lists)}
 
 def _difference(name: str, old, new) -> str:
-    if name == "classes" and len(old) == len(new): old, new = (sorted(set(a) - set(b)) or a for a, b in ((old, new), (new, old)))
+    if name == "classes" and len(old) == len(new):
+        old, new = (sorted(set(a) - set(b)) or a for a, b in ((old, new), (new, old)))
     elif name == "classes": old, new = len(old), len(new)
     return f"{name}: {old} in it, {new} now"
 
@@ -141,8 +149,9 @@ def state_of(
 ) -> dict:                # tensors and plain values only
     "Everything the rest of the training depends on."
     recorder = learn.recorder
-    return dict(facts=facts(learn), epochs=learn.n_epoch, epoch=epoch, model=plain(bare(learn.model).state_dict()), opt=plain(learn.opt.state_dict()),
-                train_iter=learn.train_iter, memories=_memories(learn), random=_from_all(random_state(map(_own, learn.dls))),
+    return dict(facts=facts(learn), epochs=learn.n_epoch, epoch=epoch, train_iter=learn.train_iter,
+                model=plain(bare(learn.model).state_dict()), opt=plain(learn.opt.state_dict()),
+                memories=_memories(learn), random=_from_all(random_state(map(_own, learn.dls))),
                 recorder=dict(lrs=plain(recorder.lrs), iters=plain(recorder.iters), values=plain(recorder.values),
                               losses=plain(torch.stack(recorder.losses)) if recorder.losses else [],
                               smooth=[recorder.smooth_loss.count, plain(recorder.smooth_loss.val)]))
@@ -162,7 +171,8 @@ def set_state(learn: FocusLearner, state: dict) -> None:
     states = state["random"]
     if rank_distrib() < len(states): set_random_state(states[rank_distrib()], map(_own, learn.dls))
     if rank_distrib() == 0 and len(states) != max(1, num_distrib()):
-        print(f"the checkpoint is of {len(states)} process(es), now there are {max(1, num_distrib())}: training goes on, with other random numbers")
+        print(f"the checkpoint is of {len(states)} process(es), now there are {max(1, num_distrib())}: "
+              "training goes on, with other random numbers")
 
 # %% ../../nbs/32_checkpoint.ipynb #71_checkpoint019
 FORMAT = "fd_focus checkpoint 1"
@@ -178,16 +188,20 @@ def write_checkpoint(file: str | Path, state: dict) -> Path:
     return put(file, write)
 
 def read_checkpoint(file: str | Path) -> dict:
-    "Read a state; runs no code of the file. FileNotFoundError without one, ValueError where it is damaged or something else."
+    "Read a state; runs no code of the file. FileNotFoundError without one, ValueError where it is damaged."
     file = Path(file)
-    if not file.is_file(): raise FileNotFoundError(f"no checkpoint {file.name} in {file.parent}: nothing to go on from; start without resume")
+    if not file.is_file():
+        raise FileNotFoundError(f"no checkpoint {file.name} in {file.parent}: nothing to go on from; "
+                                "start without resume")
     advice = "go on from a copy of it, or delete it and start from the beginning"
     try:
         with zipfile.ZipFile(file) as parts: broken = parts.testzip()
         if broken: raise ValueError(f"{broken} in it does not match its sum")
         state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError: raise
-    except Exception as error: raise ValueError(f"the checkpoint {file} is damaged, or none ({str(error).splitlines()[0]}); {advice}") from None
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the checkpoint {file} is damaged, or none ({reason}); {advice}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{file} is no checkpoint of this version of fd_focus ({FORMAT!r}); {advice}")
     return state
@@ -210,8 +224,8 @@ class Checkpoint(Callback):
         resume: bool = False,         # go on from the file in it
         settings: dict | None = None, # kept in the file, for whoever builds the learner again
     ):
-        self.file, self.state, self.settings, self.seconds_before = Path(folder) / "checkpoint.pt", None, settings or {}, 0.
-        if resume: self.state = read_checkpoint(self.file)
+        self.file, self.settings, self.seconds_before = Path(folder) / "checkpoint.pt", settings or {}, 0.
+        self.state = read_checkpoint(self.file) if resume else None
 
     @property
     def seconds(self) -> float:
@@ -224,17 +238,19 @@ class Checkpoint(Callback):
             return
         self.started = time.perf_counter()
         if self.state is None: return self.save(0)
-        if not isinstance(self.learn, FocusLearner): raise TypeError("only a FocusLearner can go on from a checkpoint; focus_learner makes one")
+        if not isinstance(self.learn, FocusLearner):
+            raise TypeError("only a FocusLearner can go on from a checkpoint; focus_learner makes one")
         self.check(self.learn, self.n_epoch)
         set_state(self.learn, self.state)
         self.learn.first_epoch, self.seconds_before, self.state = self.state["epoch"], self.state["seconds"], None
-        if bar := getattr(getattr(self.learn, "progress", None), "mbar", None): bar.update(0)     # it cannot start in the middle
+        bar = getattr(getattr(self.learn, "progress", None), "mbar", None)
+        if bar: bar.update(0)     # it cannot start in the middle
 
     def after_epoch(self): self.save(self.epoch + 1)
     def save(self, epoch: int) -> None:
         "Write the file; `epoch` epochs are done."
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        state = state_of(self.learn, epoch) | dict(seconds=self.seconds, settings=self.settings)     # with something of every process
+        state = state_of(self.learn, epoch) | dict(seconds=self.seconds, settings=self.settings)   # asks every process
         if rank_distrib() == 0: write_checkpoint(self.file, state)
 
 # %% ../../nbs/32_checkpoint.ipynb #71_checkpoint021g
@@ -248,7 +264,8 @@ def check(self: Checkpoint, learn: FocusLearner, epochs: int | None = None) -> N
     shapes = {name: list(tensor.shape) for name, tensor in bare(learn.model).state_dict().items()}
     saved = {name: list(tensor.shape) for name, tensor in self.state["model"].items()}
     show = lambda shape: "none" if shape is None else "x".join(map(str, shape))
-    other = sorted((name for name in {**saved, **shapes} if saved.get(name) != shapes.get(name)), key=lambda name: not (name in saved and name in shapes))
+    other = [name for name in {**saved, **shapes} if saved.get(name) != shapes.get(name)]
+    other.sort(key=lambda name: not (name in saved and name in shapes))
     wrong += [f"{name}: {show(saved.get(name))} in it, {show(shapes.get(name))} now" for name in other[:6]]
     if wrong: raise ValueError(f"the checkpoint {self.file} is of another training; " + "; ".join(wrong))
 
@@ -259,14 +276,16 @@ class KeepBest(TrackerCallback):
     def __init__(self, monitor: str = "accuracy"):
         super().__init__(monitor=monitor)
         self.epoch_kept, self.weights = None, None
-    def after_validate(self): self.judged = copy.deepcopy(plain(bare(self.model).state_dict()))   # before a moving average is taken back
+    def after_validate(self):     # before a moving average is taken back
+        self.judged = copy.deepcopy(plain(bare(self.model).state_dict()))
     def after_epoch(self):
         super().after_epoch()
         if self.new_best: self.epoch_kept, self.weights = self.epoch, self.judged
     def after_fit(self):
         if self.run and self.weights is not None:
             bare(self.model).load_state_dict(self.weights)
-            if hasattr(self.learn, "average_weights"): self.learn.average_weights.swapped = True   # its average is not wanted any more
+            average = getattr(self.learn, "average_weights", None)
+            if average is not None: average.swapped = True      # it is not wanted any more
         super().after_fit()
 
 # %% ../../nbs/32_checkpoint.ipynb #71_checkpoint036
@@ -282,11 +301,12 @@ class _StopAsked(Callback):
     order = 110
     def __init__(self, asked: list): self.asked = asked
     def after_batch(self):
-        if over_processes(len(self.asked))[0]: raise Stopped(self.epoch + 1, self.n_epoch, self.iter + 1, self.n_iter, self.training)
+        if over_processes(len(self.asked))[0]:
+            raise Stopped(self.epoch + 1, self.n_epoch, self.iter + 1, self.n_iter, self.training)
 
 @contextmanager
 def stoppable(learn: FocusLearner):
-    "Within it, Ctrl-C raises `Stopped` at the end of the batch, and KeyboardInterrupt if it comes again a second later."
+    "Within it, Ctrl-C raises `Stopped` at the end of the batch; a second one, a second later, KeyboardInterrupt."
     if threading.current_thread() is not threading.main_thread():     # only the main thread may handle signals
         yield
         return
@@ -294,7 +314,8 @@ def stoppable(learn: FocusLearner):
     def note(signum, frame):
         if asked and time.monotonic() - asked[0] > 1: raise KeyboardInterrupt
         asked.append(time.monotonic())
-        if os.getpid() == own and rank_distrib() == 0: print("\nstopping at the end of this batch (Ctrl-C again: at once)", file=sys.stderr, flush=True)
+        if os.getpid() == own and rank_distrib() == 0:
+            print("\nstopping at the end of this batch (Ctrl-C again: at once)", file=sys.stderr, flush=True)
     before = signal.signal(signal.SIGINT, note)
     try:
         with learn.added_cbs(_StopAsked(asked)): yield

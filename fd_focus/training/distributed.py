@@ -50,11 +50,15 @@ class CountShares(Callback):
     order = 45      # before the Recorder's 50
     def before_fit(self):
         unknown = [metric.name for metric in self.learn.metrics if _sums(metric) is None]
-        if unknown: raise ValueError(f"metric {', '.join(unknown)} cannot be added up over processes: give its class `sums`, the names of its "
-                                     "sums, or leave it out")
+        if unknown:
+            raise ValueError(f"metric {', '.join(unknown)} cannot be added up over processes: give its class `sums`, "
+                             "the names of its sums, or leave it out")
     def after_train(self):
         smooth = self.recorder.smooth_loss
         smooth.val = torch.tensor(over_processes(smooth.val)[0] / num_distrib(), dtype=smooth.val.dtype)
+    def before_validate(self):      # each has batch norm's statistics of its own share: the first one's count
+        if isinstance(self.dl, SharedDL):
+            for buffer in self.model.buffers(): torch.distributed.broadcast(buffer, 0)
     def after_pred(self):
         if self.training or not isinstance(self.dl, SharedDL): return
         size = find_bs(self.yb)
@@ -65,15 +69,16 @@ class CountShares(Callback):
     def after_validate(self):
         metrics = [self.recorder.loss, *self.learn.metrics]
         names = [(metric, name) for metric in metrics for name in _sums(metric)]
-        for (metric, name), total in zip(names, over_processes(*(getattr(metric, name) for metric, name in names))): setattr(metric, name, total)
+        totals = over_processes(*(getattr(metric, name) for metric, name in names))
+        for (metric, name), total in zip(names, totals): setattr(metric, name, total)
 
 # %% ../../nbs/33_distributed.ipynb #71_distributed012
 @contextmanager
 def sharing(learn: Learner):
-    "Within it, `fit` is one of the processes that torchrun or accelerate has started; the batch size of `dls` is a process's."
+    "Within it, `fit` is one of the processes that torchrun or accelerate has started; `dls.bs` is a process's batch."
     cpu = torch.device(learn.dls.device or "cpu").type == "cpu"
-    extra = dict(cpu=True) if cpu else {}
-    with learn.distrib_ctx(sync_bn=not cpu, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)], **extra):
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
+    with learn.distrib_ctx(sync_bn=not cpu, kwargs_handlers=handlers, **(dict(cpu=True) if cpu else {})):
         if rank_distrib(): set_seed((torch.initial_seed() + rank_distrib()) % 2**32)
         alone = list(learn.dls.loaders)
         learn.dls.loaders = [SharedDL(dl, device=dl.device) for dl in alone]

@@ -24,7 +24,8 @@ from .learner import FocusLearner
 # %% ../../nbs/31_recipes.ipynb #70_learner022b
 class Steps:
     "Schedule: learning rates that fall by `factor` after each share `every` of the run (section 4.2)."
-    def __init__(self, lrs: np.ndarray, every: float = 0.4, factor: float = 0.1): self.lrs, self.every, self.factor = lrs, every, factor
+    def __init__(self, lrs: np.ndarray, every: float = 0.4, factor: float = 0.1):
+        self.lrs, self.every, self.factor = lrs, every, factor
     def __call__(self, pos: float) -> np.ndarray: return self.lrs * self.factor ** int(pos / self.every + 1e-6)
 
 # %% ../../nbs/31_recipes.ipynb #70_learner022d
@@ -37,12 +38,16 @@ def fit_paper(self: FocusLearner,
     mom: float = 0.9,        # momentum
     cbs=None, start_epoch: int = 0,
 ) -> None:
-    "Train end to end with the paper's recipe (section 4.2): SGD and three steps. Replaces the optimiser."
+    "Train end to end with the paper's recipe (section 4.2): SGD and three steps. The next fit makes a new optimiser."
+    before = self.opt_func, self.wd_bn_bias
     self.opt_func, self.wd_bn_bias = partial(SGD, mom=mom, decouple_wd=False), True
-    self.create_opt(); self.unfreeze()
     lrs = np.array([lr * body_lr, lr])
-    self.opt.set_hyper("lr", lrs)
-    self.fit(n_epoch, wd=wd, cbs=[ParamScheduler({"lr": Steps(lrs)}), *L(cbs)], start_epoch=start_epoch)
+    try:
+        self.create_opt()
+        self.unfreeze()
+        self.opt.set_hyper("lr", lrs)
+        self.fit(n_epoch, wd=wd, cbs=[ParamScheduler({"lr": Steps(lrs)}), *L(cbs)], start_epoch=start_epoch)
+    finally: (self.opt_func, self.wd_bn_bias), self.opt = before, None
 
 # %% ../../nbs/31_recipes.ipynb #70_learner022e4
 class WarmCosine:
@@ -64,14 +69,13 @@ def fit_modern(self: FocusLearner,
     mixup: float = 0.,            # strength (alpha) of MixUp; 0 is none
     cbs=None, start_epoch: int = 0,
 ) -> None:
-    "Train end to end: warm-up and cosine with the learner's optimiser (AdamW by default). ValueError for MixUp with attention='single'."
-    if mixup and getattr(self.model, "attention", None) == "single":
-        raise ValueError("mixup blends two classes, but attention='single' looks for one true class: use attention='max', or mixup=0")
+    "Train end to end: warm-up and cosine with the learner's optimiser (AdamW by default)."
     self.unfreeze()
     lrs = np.array([lr * body_lr, lr])
     self.opt.set_hyper("lr", lrs)
     extra = ([AverageWeights(ema)] if ema else []) + ([MixUp(mixup)] if mixup else [])
-    self.fit(n_epoch, wd=wd, cbs=[ParamScheduler({"lr": WarmCosine(lrs, warm)}), *extra, *L(cbs)], start_epoch=start_epoch)
+    schedule = ParamScheduler({"lr": WarmCosine(lrs, warm)})
+    self.fit(n_epoch, wd=wd, cbs=[schedule, *extra, *L(cbs)], start_epoch=start_epoch)
 
 # %% ../../nbs/31_recipes.ipynb #70_learner022c
 class AverageWeights(Callback):
@@ -79,12 +83,14 @@ class AverageWeights(Callback):
     order, remembers = 80, ("average", "steps")     # after the optimiser's step; what a checkpoint keeps
     def __init__(self, decay: float = 0.99): self.decay = decay   # share of the old average that a step keeps
     def _tensors(self): return [t for t in (*self.model.parameters(), *self.model.buffers()) if t.is_floating_point()]
-    def before_fit(self):
-        self.run = not (hasattr(self.learn, "lr_finder") or hasattr(self.learn, "gather_preds"))     # fastai sets it back; a search for a rate must leave the weights alone
+    def before_fit(self):      # fastai sets `run` back after the fit; a search for a rate must leave the weights alone
+        self.run = not (hasattr(self.learn, "lr_finder") or hasattr(self.learn, "gather_preds"))
         if not self.run: return
         if any(isinstance(cb, SaveModelCallback) for cb in self.learn.cbs):
-            raise ValueError("SaveModelCallback would save the weights behind the moving average, which are not those that were judged: use KeepBest (fd_focus.training.checkpoint)")
-        self.average, self.steps, self.waits, self.swapped = [t.detach().clone() for t in self._tensors()], 0, False, False
+            raise ValueError("SaveModelCallback would save the weights behind the moving average, which are not those "
+                             "that were judged: use KeepBest (fd_focus.training.checkpoint)")
+        self.average, self.steps = [t.detach().clone() for t in self._tensors()], 0
+        self.waits, self.swapped = False, False
     def after_cancel_batch(self): self.waits = True          # gradients are still being accumulated
     @torch.no_grad()
     def after_batch(self):
