@@ -6,7 +6,7 @@
 __all__ = ['make_loaders', 'make_learner', 'log_callback', 'versions', 'train', 'plot_curves', 'spread', 'regions_figure',
            'write_run', 'write_examples']
 
-# %% ../../nbs/36_run.ipynb #72_run003
+# %% ../../nbs/36_run.ipynb #36_run_imports
 import json
 import multiprocessing
 import os
@@ -36,7 +36,7 @@ from .learner import FocusLearner, focus_learner, history
 from .settings import FOLDER_SETTINGS, Settings, method_arguments, resolve, write_settings
 from .speed import speed_up
 
-# %% ../../nbs/36_run.ipynb #36_run_016
+# %% ../../nbs/36_run.ipynb #36_run_001
 def _check_machine(s: Settings, processes: int) -> None:
     "ValueError for a batch that processes cannot share, and for workers that cannot be started."
     if s.bs % processes or s.bs < 2 * processes:
@@ -130,7 +130,7 @@ def log_callback(
             set_random_state(state, loaders)
     return Wandb(log_preds=False)
 
-# %% ../../nbs/36_run.ipynb #36_run_022
+# %% ../../nbs/36_run.ipynb #36_run_007
 def _checkpoint(s: Settings, out: str | Path, resume: bool) -> Checkpoint:
     "What saves the run in `out`, and goes on from there. ValueError where the run there had other settings."
     checkpoint, now = Checkpoint(out, resume, asdict(s)), asdict(s)
@@ -188,7 +188,7 @@ def train(
     kept = next((cb.epoch_kept for cb in cbs if isinstance(cb, KeepBest)), len(table) - 1)
     return learn, table, _summary(learn, table, s, kept, seconds)
 
-# %% ../../nbs/36_run.ipynb #36_run_024
+# %% ../../nbs/36_run.ipynb #36_run_009
 def plot_curves(
     metrics: pd.DataFrame,   # columns epoch, train_loss, valid_loss, and any accuracies
 ):
