@@ -53,11 +53,13 @@ def two_classes(root):
 
 @pytest.fixture(scope="module")
 def processes(request):
-    "`processes(function, *args)` starts one; the heavy imports are done once, in the server that forks them. At the end whatever still runs is killed."
+    """`processes(function, *args)` starts one; the heavy imports are done once, in the server that forks them.
+    At the end whatever still runs is killed."""
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"      # tiny tensors: a second thread costs more than it gives
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fd_focus.training.run", "fd_focus.use.model_folder", "fd_focus.training.distributed", request.module.__name__])
+    context.set_forkserver_preload(["fd_focus.training.run", "fd_focus.use.model_folder",
+                                    "fd_focus.training.distributed", request.module.__name__])
     running = []
     def start(function, *args):
         running.append(context.Process(target=function, args=args))
