@@ -220,7 +220,7 @@ def bars(results: dict) -> list[dict]:
         for name in ("step, batch", "locating, batch"): bar(f"exponent of time, {name}", g[name]["time_exponent"], 1.05)
     return rows
 
-# %% ../../nbs/56_bench.ipynb #56_bench_016
+# %% ../../nbs/56_bench.ipynb #56_bench_005
 def _read(out, only: tuple, quick: bool, device: str, here: dict) -> dict:
     "Results that are in the file. ValueError where sections that would stay are of another kind, or machine."
     results = json.loads(Path(out).read_text()) if out and Path(out).is_file() else {}

@@ -6,7 +6,7 @@
 __all__ = ['predictions', 'confused_pairs', 'plot_confused', 'reliability', 'expected_calibration_error', 'reliability_diagram',
            'fit_temperature', 'Threshold', 'confidence_threshold', 'Calibration', 'calibrate_logits', 'calibrate']
 
-# %% ../../nbs/52_calibration.ipynb #52_calibration_021
+# %% ../../nbs/52_calibration.ipynb #52_calibration_004
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
@@ -46,7 +46,7 @@ def confused_pairs(
     table = pd.DataFrame(rows, columns=["is", "taken_for", "count", "of"])
     return table.sort_values(["count", "is", "taken_for"], ascending=[False, True, True], ignore_index=True).head(n)
 
-# %% ../../nbs/52_calibration.ipynb #52_calibration_026
+# %% ../../nbs/52_calibration.ipynb #52_calibration_009
 def _short(name: str) -> str: return name if len(name) <= 22 else name[:10] + "…" + name[-11:]
 
 def _draw_matrix(ax, matrix: np.ndarray, names: list[str]) -> None:
