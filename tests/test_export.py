@@ -13,8 +13,8 @@ from fd_focus.data.loaders import FocusDataLoaders
 from fd_focus.methods import METHODS, Method
 from fd_focus.training.learner import focus_learner
 from fd_focus.use.export import check_parity, export_model, run_exported, toy_images
-from fd_focus.use.model_folder import FocusPipeline, load_focus, save_focus
-from fd_focus.use.predict import FocusClassifier, fold_batch_norm
+from fd_focus.use.model_folder import load_focus, save_focus
+from fd_focus.use.predict import FocusClassifier, FocusPipeline, fold_batch_norm
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ from fd_focus.bodies import create_body, toy_resnet
 from fd_focus.data.loaders import FocusDataLoaders
 from fd_focus.methods import METHODS, Method, method_options, register
 from fd_focus.training.learner import focus_learner
-from fd_focus.use.model_folder import FocusPipeline, _check_arch, judges, load_focus, push_to_hub, save_focus, write_card
+from fd_focus.use.model_folder import _check_arch, judges, load_focus, push_to_hub, save_focus, write_card
+from fd_focus.use.predict import FocusPipeline
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ import torch
 from fastcore.basics import patch
 from matplotlib import colormaps
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from ..data.pictures import EXTENSIONS
 from .model_folder import judges
@@ -38,7 +39,8 @@ def fit(
     size = [max(1, round(side * longest / max(prediction.size))) for side in prediction.size[::-1]]
     scale = (torch.tensor(size) / torch.tensor(prediction.size[::-1])).repeat(2)
     moved = replace(prediction, boxes=prediction.boxes * scale, view=prediction.view * scale, size=(size[1], size[0]))
-    return open_any(source, min(size))[0].resize(size, Image.Resampling.LANCZOS), moved      # a JPEG is decoded no larger than is shown
+    image = open_any(source, min(size))[0]                       # a JPEG is decoded no larger than is shown
+    return image.resize(size, Image.Resampling.LANCZOS), moved
 
 # %% ../../nbs/65_app.ipynb #97_app021
 def draw_heat(
@@ -46,13 +48,14 @@ def draw_heat(
     prediction: Prediction,  # of a model with attention
     alpha: float = .55,      # opacity of the map
 ) -> Image.Image:
-    "The attention map over the whole picture in grey. ValueError for a plain model, which has none."
-    if prediction.attention is None: raise ValueError("a plain model has no attention to draw")
+    "The attention map over the whole picture in grey. ValueError where the method has none."
+    if prediction.attention is None: raise ValueError("this model has no attention to draw")
     grey = open_any(source)[0].convert("L").convert("RGB")
     x0, y0, x1, y1 = view = [round(side) for side in prediction.view.tolist()]
     values = prediction.attention.numpy() - prediction.attention.min().item()
     values = values / max(values.max(), 1e-12)
-    values = np.asarray(Image.fromarray(values.astype(np.float32)).resize((max(1, x1 - x0), max(1, y1 - y0)), Image.Resampling.BILINEAR))
+    size = max(1, x1 - x0), max(1, y1 - y0)
+    values = np.asarray(Image.fromarray(values.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
     heat = Image.fromarray((255 * colormaps["magma"](values)[..., :3]).round().astype(np.uint8))
     dark = grey.point(lambda value: value // 2)
     dark.paste(Image.blend(grey.crop((x0, y0, x0 + heat.width, y0 + heat.height)), heat, alpha), view[:2])
@@ -69,14 +72,16 @@ def cut_zooms(
     boxes, zooms = prediction.boxes[:k], []
     if not len(boxes): return zooms
     longer = (boxes[:, 2:] - boxes[:, :2]).amax(1)
-    image = open_any(source, math.ceil(size * min(prediction.size) / longer.min().item()))[0]      # so many pixels of a JPEG that the smallest region has `size`
+    enough = math.ceil(size * min(prediction.size) / longer.min().item())        # the smallest region has `size` then
+    image = open_any(source, enough)[0]
     boxes = boxes * (torch.tensor(image.size) / torch.tensor(prediction.size[::-1])).repeat(2)
     for i, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
         box = max(0., x0), max(0., y0), min(image.width, x1), min(image.height, y1)     # float32 may end a hair outside
         scale = size / max(box[2] - box[0], box[3] - box[1])
         shape = [max(1, round(scale * side)) for side in (box[2] - box[0], box[3] - box[1])]
         crop = image.resize(shape, Image.Resampling.BICUBIC, box=box)
-        zooms.append(ImageOps.expand(crop, max(2, size // 40), REGION_COLOURS[i] if i < len(REGION_COLOURS) else "white"))
+        colour = REGION_COLOURS[i] if i < len(REGION_COLOURS) else "white"
+        zooms.append(ImageOps.expand(crop, max(2, size // 40), colour))
     return zooms
 
 # %% ../../nbs/65_app.ipynb #97_app041
@@ -86,9 +91,9 @@ class Explanation:
     prediction: Prediction
     threshold: float | None     # least probability that counts as sure; above 1: none does
     calibrated: bool            # the model has a temperature
-    regions: Image.Image        # the picture with its regions; from a plain model, the part it saw
+    regions: Image.Image        # the picture with its regions; without regions, the part it saw
     attention: Image.Image | None
-    zooms: list[Image.Image]    # best first; [] from a plain model
+    zooms: list[Image.Image]    # best first; [] without regions
     judges: str = "validation"  # the pictures that the threshold was chosen on: 'validation' or 'test'
 
     @property
@@ -102,54 +107,84 @@ def _percent(p: float) -> str: return "> 99 %" if p > .995 else "< 1 %" if p < .
 @patch
 def sentence(self: Explanation) -> str:
     "How far to trust the answer, in plain words."
-    p, sure, chosen = self.prediction, None if self.threshold is None else _percent(self.threshold), f"a limit chosen on {self.judges} pictures"
-    like = f"Most like {p.label}, {_percent(p.probability)}"
-    if self.verdict == "sure": first = f"{_percent(p.probability)}: the model counts as sure from {sure} on, {chosen}."
-    elif self.verdict == "doubt" and self.threshold > 1: first = f"{like}. On {self.judges} pictures no limit made this model's answers good enough to count as sure."
-    elif self.verdict == "doubt": first = f"{like}, but the model counts as sure only from {sure} on, {chosen}."
-    else: first = f"{_percent(p.probability)}. Nobody chose a limit from which this model counts as sure."
-    return first if self.calibrated else first + " Its percentages are not calibrated: they rank, and do not tell the chance of being right."
+    p, limit = self.prediction, None if self.threshold is None else _percent(self.threshold)
+    chosen, like = f"a limit chosen on {self.judges} pictures", f"Most like {p.label}, {_percent(p.probability)}"
+    if self.verdict == "sure": first = f"{_percent(p.probability)}: the model counts as sure from {limit} on, {chosen}."
+    elif self.verdict == "unknown":
+        first = f"{_percent(p.probability)}. Nobody chose a limit from which this model counts as sure."
+    elif self.threshold > 1:
+        first = f"{like}. On {self.judges} pictures no limit made this model's answers good enough to count as sure."
+    else: first = f"{like}, but the model counts as sure only from {limit} on, {chosen}."
+    if self.calibrated: return first
+    return f"{first} Its percentages are not calibrated: they rank, and do not tell the chance of being right."
 
 # %% ../../nbs/65_app.ipynb #97_app042d
 _LOOKS = dict(sure=("#15803d", "sure"), doubt=("#b45309", ""), unknown=("#475569", "no threshold"))
+_NO_REGIONS = "This model answers from the whole picture and shows no regions."
 
 def _bar(name: str, p: float, colour: str) -> str:
     "One class with its probability, as a bar."
-    return (f'<div style="display:flex;align-items:center;gap:.6em;margin:.25em 0;font-size:.95em"><span style="flex:0 0 42%;overflow:hidden;text-overflow:ellipsis;'
-            f'white-space:nowrap" title="{html.escape(name)}">{html.escape(name)}</span><span style="flex:1;height:.6em;border-radius:.3em;background:rgba(128,128,128,.2)">'
-            f'<span style="display:block;height:100%;border-radius:.3em;width:{100 * p:.1f}%;background:{colour}"></span></span>'
-            f'<span style="flex:0 0 4em;text-align:right;font-variant-numeric:tabular-nums">{html.escape(_percent(p))}</span></div>')
+    name = html.escape(name)
+    return ('<div style="display:flex;align-items:center;gap:.6em;margin:.25em 0;font-size:.95em">'
+            '<span style="flex:0 0 42%;overflow:hidden;text-overflow:ellipsis;white-space:nowrap" '
+            f'title="{name}">{name}</span>'
+            '<span style="flex:1;height:.6em;border-radius:.3em;background:rgba(128,128,128,.2)">'
+            f'<span style="display:block;height:100%;width:{100 * p:.1f}%;background:{colour};border-radius:.3em">'
+            '</span>'
+            '</span>'
+            '<span style="flex:0 0 4em;text-align:right;font-variant-numeric:tabular-nums">'
+            f'{html.escape(_percent(p))}</span></div>')
+
+def _box(colour: str, inside: str, data: str = "") -> str:
+    "A card with a coloured edge."
+    return (f'<div class="fd-answer"{data} style="border-left:.4em solid {colour};padding:.6em 1em;border-radius:.4em;'
+            f'background:rgba(128,128,128,.08)">{inside}</div>')
 
 @patch
 def card(self: Explanation) -> str:
     "The answer as HTML: headline, badge, sentence, the five best classes."
-    colour, badge = _LOOKS[self.verdict]
-    badge = badge and f'<span style="background:{colour};color:white;border-radius:1em;padding:.1em .7em;font-size:.85em">{badge}</span>'
-    headline = "Not sure" if self.verdict == "doubt" else self.prediction.label
-    plain = "" if self.attention is not None else ('<div style="margin-top:.5em;opacity:.75">This is a plain model: it answers from the whole picture and has no regions to show.</div>')
-    return (f'<div class="fd-answer" data-label="{html.escape(self.prediction.label)}" data-verdict="{self.verdict}" style="border-left:.4em solid {colour};padding:.6em 1em;'
-            f'border-radius:.4em;background:rgba(128,128,128,.08)"><div style="display:flex;flex-wrap:wrap;align-items:baseline;gap:.6em"><span style="font-size:1.7em;font-weight:650;line-height:1.2">'
-            f'{html.escape(headline)}</span>{badge}</div>'
-            f'<div style="margin:.3em 0 .7em">{html.escape(self.sentence())}</div>'
-            + "".join(_bar(name, p, colour) for name, p in self.prediction.top5) + plain + "</div>")
+    (colour, badge), label = _LOOKS[self.verdict], self.prediction.label
+    headline = html.escape("Not sure" if self.verdict == "doubt" else label)
+    if badge:
+        badge = (f'<span style="background:{colour};color:white;border-radius:1em;padding:.1em .7em;font-size:.85em">'
+                 f'{badge}</span>')
+    bars = "".join(_bar(name, p, colour) for name, p in self.prediction.top5)
+    less = "" if self.zooms or self.attention else f'<div style="margin-top:.5em;opacity:.75">{_NO_REGIONS}</div>'
+    return _box(colour, '<div style="display:flex;flex-wrap:wrap;align-items:baseline;gap:.6em">'
+                f'<span style="font-size:1.7em;font-weight:650;line-height:1.2">{headline}</span>{badge}</div>'
+                f'<div style="margin:.3em 0 .7em">{html.escape(self.sentence())}</div>{bars}{less}',
+                f' data-label="{html.escape(label)}" data-verdict="{self.verdict}"')
 
 # %% ../../nbs/65_app.ipynb #97_app042g
+_HALF, _QUARTER = "flex:1 1 15em;max-width:31em", "flex:1 1 7em;max-width:15.1em"
+
 def _figure(image: Image.Image, title: str, css: str) -> str:
     "A picture with its caption, as text."
     buffer = io.BytesIO()
     image.save(buffer, "jpeg", quality=90, subsampling=0)      # full colour: thin frames keep theirs
-    return (f'<figure style="margin:0;min-width:0;{css}"><img alt="{title}" style="display:block;max-width:100%;max-height:26em;border-radius:.3em" '
+    return (f'<figure style="margin:0;min-width:0;{css}"><img alt="{title}" '
+            'style="display:block;max-width:100%;max-height:26em;border-radius:.3em" '
             f'src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
             f'<figcaption style="font-size:.85em;opacity:.8;margin-top:.25em">{title}</figcaption></figure>')
+
+def _row(figures: list[str]) -> str:
+    "Pictures side by side."
+    if not figures: return ""
+    return f'<div style="display:flex;flex-wrap:wrap;gap:.8em;margin-top:.8em">{"".join(figures)}</div>'
+
+def _captions(scores: Tensor) -> list[str]:
+    "A zoom's number, and its attention where the method tells it."
+    said = ["" if math.isnan(score) else f", attention {score:.2f}" for score in scores.tolist()]
+    return [f"Zoom {i}{more}" for i, more in enumerate(said, 1)]
 
 @patch
 def to_html(self: Explanation) -> str:
     "Card and pictures in one piece, nothing from outside."
-    row = lambda figures: f'<div style="display:flex;flex-wrap:wrap;gap:.8em;margin-top:.8em">{"".join(figures)}</div>'
-    pictures, zooms = [_figure(self.regions, "Regions, best first: red, green, blue, yellow" if self.zooms else "What the network saw", "flex:1 1 15em;max-width:31em")], ""
-    if self.attention is not None: pictures.append(_figure(self.attention, "Attention: bright where it looked", "flex:1 1 15em;max-width:31em"))
-    if self.zooms: zooms = row([_figure(zoom, f"Zoom {i}, attention {score:.2f}", "flex:1 1 7em;max-width:15.1em") for i, (zoom, score) in enumerate(zip(self.zooms, self.prediction.scores.tolist()), 1)])
-    return f'<div style="max-width:63em">{self.card()}{row(pictures)}{zooms}</div>'
+    title = "Regions, best first: red, green, blue, yellow" if self.zooms else "What the network saw"
+    pictures = [_figure(self.regions, title, _HALF)]
+    if self.attention is not None: pictures.append(_figure(self.attention, "Attention: bright where it looked", _HALF))
+    zooms = [_figure(zoom, caption, _QUARTER) for zoom, caption in zip(self.zooms, _captions(self.prediction.scores))]
+    return f'<div style="max-width:63em">{self.card()}{_row(pictures)}{_row(zooms)}</div>'
 
 @patch
 def _repr_html_(self: Explanation): return self.to_html()
@@ -160,18 +195,19 @@ def explain(
     source,                  # path, PIL picture, bytes, array, tensor: see `open_any`
     longest: int = 640,      # pixels of the longer side of the pictures
 ) -> Explanation:
-    "Ask the model about one picture and draw its reasons. ValueError says why a picture cannot be read, FileNotFoundError that there is none."
-    prediction = classifier.predict(source)     # of the file: it, and each drawing, decodes a large one only as far as it must
+    "Ask the model about one picture and draw its reasons. Errors are those of `open_any`."
+    prediction = classifier.predict(source)     # of the file: each drawing decodes a large one as far as it must
     shown, moved = fit(source, prediction, longest)
     attention = None if prediction.attention is None else draw_heat(shown, moved)
-    return Explanation(prediction, classifier.threshold, "temperature" in classifier.config, draw_prediction(shown, moved), attention,
-                       cut_zooms(source, prediction), judges(classifier.config))
+    return Explanation(prediction, classifier.threshold, calibrated="temperature" in classifier.config,
+                       regions=draw_prediction(shown, moved), attention=attention,
+                       zooms=cut_zooms(source, prediction), judges=judges(classifier.config))
 
 # %% ../../nbs/65_app.ipynb #97_app051
 def _notice(title: str, text: str, colour: str = "#b45309") -> str:
     "A card that says what went wrong, or what to do."
-    return (f'<div class="fd-answer" style="border-left:.4em solid {colour};padding:.6em 1em;border-radius:.4em;background:rgba(128,128,128,.08)">'
-            f'<div style="font-size:1.3em;font-weight:600">{html.escape(title)}</div><div style="margin-top:.3em">{html.escape(text)}</div></div>')
+    return _box(colour, f'<div style="font-size:1.3em;font-weight:600">{html.escape(title)}</div>'
+                        f'<div style="margin-top:.3em">{html.escape(text)}</div>')
 
 # %% ../../nbs/65_app.ipynb #97_app051c
 def _refusal(
@@ -182,7 +218,8 @@ def _refusal(
     "Why there is no answer, for the person who chose the file."
     reason = str(error).rsplit("cannot be read as a picture: ")[-1]
     if path: reason = reason.replace(str(path), name)
-    return _notice(f"{name} is no picture I can read", f"Please choose a photograph: JPEG, PNG, WebP, TIFF, BMP or GIF. ({reason})")
+    return _notice(f"{name} is no picture I can read",
+                   f"Please choose a photograph: JPEG, PNG, WebP, TIFF, BMP or GIF. ({reason})")
 
 def attempt(
     classifier: FocusClassifier,
@@ -191,7 +228,8 @@ def attempt(
 ) -> tuple[str, Explanation | None]:   # HTML; None where the file is no picture
     "The answer with its pictures, or a friendly word about the file."
     try: explanation = explain(classifier, source)
-    except (ValueError, OSError) as error: return _refusal(name, error, source if isinstance(source, (str, Path)) else ""), None
+    except (ValueError, OSError) as error:
+        return _refusal(name, error, source if isinstance(source, (str, Path)) else ""), None
     return explanation.to_html(), explanation
 
 # %% ../../nbs/65_app.ipynb #97_app061
@@ -213,20 +251,23 @@ def example_files(
     return found[:most]
 
 # %% ../../nbs/65_app.ipynb #97_app061g
+def _plain(text: str) -> str:
+    "Text that means nothing to Markdown."
+    return "".join(c if c.isalnum() or c in " _+-.,()" else f"&#{ord(c)};" for c in text)
+
 def about(classifier: FocusClassifier) -> str:
     "What is known about the model, as Markdown."
-    config, percent = classifier.config, lambda p: f"{100 * p:.1f} %"
+    config, limit, classes = classifier.config, classifier.threshold, classifier.classes
     accuracy = config.get("metrics", {}).get("accuracy")
-    plain = lambda text: "".join(c if c.isalnum() or c in " _+-.,()" else f"&#{ord(c)};" for c in text)
-    limit = classifier.threshold
-    sure = "no limit chosen" if limit is None else "never: no limit was good enough" if limit > 1 else percent(limit)
-    rows = [("method", "plain backbone" if config.get("plain") else "attention, regions, zooms"), ("body", plain(config["arch"])), ("classes", f"{len(classifier.classes)}"),
-            ("input", "{1} × {0} pixels".format(*classifier.input_size)),
-            (f"accuracy on {judges(config)} pictures", "not recorded" if accuracy is None else percent(accuracy)),
-            ("calibration", f"temperature {config['temperature']:.2f}" if "temperature" in config else "none"),
-            ("sure from", sure)]
-    names = ", ".join(map(plain, classifier.classes[:200])) + (f" and {len(classifier.classes) - 200} more" if len(classifier.classes) > 200 else "")
-    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows) + f"\n\n{names}"
+    def percent(p): return f"{100 * p:.1f} %"
+    rows = {"method": _plain(config["method"]), "body": _plain(config["arch"]), "classes": len(classes),
+            "input": "{1} × {0} pixels".format(*classifier.input_size),
+            f"accuracy on {judges(config)} pictures": "not recorded" if accuracy is None else percent(accuracy),
+            "calibration": f"temperature {config['temperature']:.2f}" if "temperature" in config else "none",
+            "sure from": "no limit chosen" if limit is None else percent(limit)}
+    if limit is not None and limit > 1: rows["sure from"] = "never: no limit was good enough"
+    names = ", ".join(map(_plain, classes[:200])) + (f" and {len(classes) - 200} more" if len(classes) > 200 else "")
+    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items()) + f"\n\n{names}"
 
 # %% ../../nbs/65_app.ipynb #97_app062c
 def _arrived(
@@ -243,7 +284,19 @@ def _arrived(
 # %% ../../nbs/65_app.ipynb #97_app063
 _WELCOME = _notice("What is it?", "Drop a photograph on the left, paste one, or choose an example.", "#475569")
 
-_ELSEWHERE = _notice("That picture did not arrive", "Please choose it once more: only pictures that were uploaded here, and the examples, are looked at.")
+_ELSEWHERE = _notice("That picture did not arrive",
+                     "Please choose it again: only the examples, and pictures that were uploaded here, are looked at.")
+
+def _handler(classifier: FocusClassifier, offers: set[Path]):
+    "The function that answers an upload: HTML, and whether the photograph stays."
+    gr = _need("gradio")
+    def ask(upload):
+        if not upload: return _WELCOME, gr.update()
+        path = _arrived(upload, gr.utils.get_upload_folder(), offers)
+        if path is None: return _ELSEWHERE, gr.update(value=None)
+        text, explanation = attempt(classifier, path, Path(path).name)
+        return text, gr.update() if explanation else gr.update(value=None)
+    return ask
 
 def build_app(
     classifier: FocusClassifier,
@@ -253,43 +306,44 @@ def build_app(
     "The page. ModuleNotFoundError says how to install gradio."
     gr = _need("gradio")
     title = title or f"fd_focus: one of {len(classifier.classes)} classes, and where it looked"
-    offers = {Path(file).resolve() for file in examples or ()}
-
-    def ask(upload):
-        "The upload's handler: HTML, and whether the photograph stays."
-        if not upload: return _WELCOME, gr.update()
-        path = _arrived(upload, gr.utils.get_upload_folder(), offers)
-        if path is None: return _ELSEWHERE, gr.update(value=None)
-        text, explanation = attempt(classifier, path, Path(path).name)
-        return text, gr.update() if explanation else gr.update(value=None)
-
+    ask = _handler(classifier, {Path(file).resolve() for file in examples or ()})
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(600, 3600), elem_classes="fd-app") as app:
         gr.HTML(f'<h1 style="font-size:1.5em;font-weight:650;margin:.3em 0">{html.escape(title)}</h1>')
         with gr.Row():
             with gr.Column(scale=4, min_width=300):
-                photo = gr.Image(type="filepath", image_mode=None, sources=["upload", "clipboard"], label="Photograph", height=340, elem_id="photo", buttons=[])
+                photo = gr.Image(type="filepath", image_mode=None, sources=["upload", "clipboard"], label="Photograph",
+                                 height=340, elem_id="photo", buttons=[])
                 offered = gr.Column()
                 with gr.Accordion("About this model", open=False): gr.Markdown(about(classifier))
-            with gr.Column(scale=6, min_width=380):
-                answer = gr.HTML(_WELCOME, elem_id="answer")
+            with gr.Column(scale=6, min_width=380): answer = gr.HTML(_WELCOME, elem_id="answer")
         events = [photo.upload, photo.clear]
-        with offered:
-            if examples: events.append(gr.Examples([[str(file)] for file in examples], [photo], cache_examples=False, label="Examples").load_input_event.then)
+        if examples:
+            rows = [[str(file)] for file in examples]
+            with offered: shown = gr.Examples(rows, [photo], cache_examples=False, label="Examples")
+            events.append(shown.load_input_event.then)
         for event in events:      # unprocessed: gradio would open any file, and has no words for one that is no picture
             event(ask, photo, [answer, photo], preprocess=False, api_visibility="private", show_progress_on=answer)
-    app.queue(max_size=32, default_concurrency_limit=1)      # one picture at a time: a network in two threads is no faster
+    app.queue(max_size=32, default_concurrency_limit=1)      # one at a time: a network in two threads is no faster
     app.ask = ask
     return app
 
 # %% ../../nbs/65_app.ipynb #97_app070c
-_ANY_FILE = """() => {     // Gradio's page turns away what is not named like a picture, curtly; let the server look, and say what is wrong
-  const named = files => { const t = new DataTransfer(); for (const f of files) t.items.add(f.type.startsWith("image/") ? f : new File([f], f.name, {type: "image/unknown"})); return t }
+_ANY_FILE = """() => {     // the server looks at every file, and says what is wrong with it
+  const named = files => {
+    const t = new DataTransfer()
+    for (const f of files) t.items.add(f.type.startsWith("image/") ? f : new File([f], f.name, {type: "image/unknown"}))
+    return t
+  }
   const foreign = files => [...files].some(f => !f.type.startsWith("image/"))
-  document.addEventListener("change", e => { if (e.target.files && e.target.closest("#photo") && foreign(e.target.files)) e.target.files = named(e.target.files).files }, true)
+  document.addEventListener("change", e => {
+    const chosen = e.target.files
+    if (chosen && e.target.closest("#photo") && foreign(chosen)) e.target.files = named(chosen).files
+  }, true)
   document.addEventListener("drop", e => {
     if (!e.target.closest("#photo") || !foreign(e.dataTransfer.files)) return
     e.preventDefault(); e.stopImmediatePropagation()
-    e.target.dispatchEvent(new DragEvent("drop", {bubbles: true, cancelable: true, dataTransfer: named(e.dataTransfer.files)}))
+    const again = {bubbles: true, cancelable: true, dataTransfer: named(e.dataTransfer.files)}
+    e.target.dispatchEvent(new DragEvent("drop", again))
   }, true)
 }"""
 _CSS = ".fd-app {max-width: 1180px !important; margin: auto !important} footer {display: none !important}"
@@ -302,15 +356,20 @@ def launch_app(
     max_mb: float = 20,         # largest upload, megabytes
     open_browser: bool = False,
 ) -> str:                       # where it listens
-    "Serve the page in the background. ValueError for a limit that is none, OSError for a port that is taken. `app.close()` ends it."
+    "Serve the page in the background; `app.close()` ends it. ValueError for a bad limit, OSError for a taken port."
     if max_mb <= 0: raise ValueError(f"max_mb={max_mb}; use more than 0")
     if port is not None and not 0 < port < 65536: raise ValueError(f"port={port}; use 1 to 65535")
     gr = _need("gradio")
-    theme = gr.themes.Default(primary_hue="emerald", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])   # the system's fonts: none is fetched
-    try: _, url, _ = app.launch(server_name=host, server_port=port, max_file_size=int(max_mb * 2**20), inbrowser=open_browser, prevent_thread_lock=True, quiet=True,
-                                share=False, ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False, theme=theme, css=_CSS, js=_ANY_FILE, footer_links=[])
-    except OSError: raise OSError(f"cannot listen on {host}, port {port or '7860 to 7959'}: it is taken, or no address of this machine") from None
-    return url
+    own = dict(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])     # none is fetched
+    theme = gr.themes.Default(primary_hue="emerald", **own)
+    off = dict.fromkeys(("share", "ssr_mode", "pwa", "mcp_server", "enable_monitoring"), False)
+    try: return app.launch(server_name=host, server_port=port, max_file_size=int(max_mb * 2**20),
+                           inbrowser=open_browser, prevent_thread_lock=True, quiet=True, theme=theme, css=_CSS,
+                           js=_ANY_FILE, footer_links=[],
+                           **off)[1]
+    except OSError:
+        raise OSError(f"cannot listen on {host}, port {port or '7860 to 7959'}: it is taken, or no address of this "
+                      "machine") from None
 
 # %% ../../nbs/65_app.ipynb #97_app081
 def focus_widget(
@@ -319,15 +378,17 @@ def focus_widget(
 ):                              # ipywidgets.VBox of a FileUpload and an Output
     "Choose a photograph in a notebook, see the answer below. ModuleNotFoundError says how to install ipywidgets."
     widgets = _need("ipywidgets")
-    upload = widgets.FileUpload(accept="image/*", multiple=False, description="Photograph", tooltip="choose a photograph")
+    upload = widgets.FileUpload(accept="image/*", multiple=False, description="Photograph")
     out = widgets.Output()
 
     def show(change):
         if not change["new"]: return
         name, content = change["new"][0]["name"], bytes(change["new"][0]["content"])
-        if len(content) > max_mb * 2**20: text, answer = _notice(f"{name} is too large", f"It has {len(content) / 2**20:.1f} MB; at most {max_mb:g} are taken."), None
+        mb, answer = len(content) / 2**20, None
+        if mb > max_mb: text = _notice(f"{name} is too large", f"It has {mb:.1f} MB; at most {max_mb:g} are taken.")
         else: text, answer = attempt(classifier, content, name)
-        out.outputs = (dict(output_type="display_data", metadata={}, data={"text/html": text, "text/plain": repr(answer.prediction) if answer else name}),)
+        shown = {"text/html": text, "text/plain": repr(answer.prediction) if answer else name}
+        out.outputs = (dict(output_type="display_data", metadata={}, data=shown),)
 
     upload.observe(show, "value")
     return widgets.VBox([upload, out])

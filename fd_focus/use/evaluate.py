@@ -49,8 +49,8 @@ def labelled_pictures(
     file = folder / "split.csv"
     folder, table = (folder, _listed(file, split)) if file.is_file() else _found(folder, split)
     if unknown := set(table.label) - classes:
-        raise ValueError(f"{folder} has pictures of {some_names(unknown, 5)}, which the model does not know: its classes are "
-                         f"{some_names(classes, 5)}. Is a part of it meant (split='test')?")
+        raise ValueError(f"{folder} has pictures of {some_names(unknown, 5)}, which the model does not know: its "
+                         f"classes are {some_names(classes, 5)}. Is a part of it meant (split='test')?")
     return pd.DataFrame(dict(file=[str(folder / name) for name in table.file], label=list(table.label)))
 
 # %% ../../nbs/63_evaluate.ipynb #93_evaluate008
@@ -81,7 +81,7 @@ class Evaluation:
         return "\n".join(lines)
 
 # %% ../../nbs/63_evaluate.ipynb #93_evaluate008c
-def _rows(classifier: FocusClassifier, pictures: pd.DataFrame, bs: int, workers: int) -> tuple[pd.DataFrame, torch.Tensor]:
+def _rows(classifier: FocusClassifier, pictures: pd.DataFrame, bs: int, workers: int) -> tuple:
     "A row a picture, and the probabilities (N,C) of those that were answered. ValueError if none was."
     rows, answered = [], []
     for (file, found), label in zip(classifier.stream(pictures.file, bs, workers), pictures.label):

@@ -22,7 +22,7 @@ from ..methods import Method, method_name
 from ..regions import _pair
 from ..toy import ToyBirds
 from ..training.checkpoint import put
-from .model_folder import FocusPipeline
+from .predict import FocusPipeline
 
 # %% ../../nbs/64_export.ipynb #90_export031
 @contextlib.contextmanager
@@ -48,9 +48,11 @@ _ABOUT = ("classes", "min_side", "resize", "squash", "input_size", "threshold")
 def _check_export(net: Method, format: str, opset: int | None) -> None:
     "ValueError for what cannot be exported."
     if format not in FORMATS: raise ValueError(f"format={format!r}; use {' or '.join(map(repr, FORMATS))}")
-    if opset is not None and format != "onnx": raise ValueError(f"opset={opset} is for format 'onnx'; leave it out for {format!r}")
+    if opset is not None and format != "onnx":
+        raise ValueError(f"opset={opset} is for format 'onnx'; leave it out for {format!r}")
     if not net.deterministic:
-        raise ValueError(f"the method {method_name(net)!r} answers differently each time: there is nothing to compare a graph with")
+        raise ValueError(f"the method {method_name(net)!r} answers differently each time: there is nothing to compare "
+                         "a graph with")
 
 def export_model(
     net: Method,                 # from `load_focus`
@@ -63,7 +65,8 @@ def export_model(
     file, pipeline, opset = Path(file), FocusPipeline(net).cpu(), 20 if opset is None else opset
     example, dynamic = (torch.rand(2, 3, *_input_size(net)),), {"image": {0: torch.export.Dim("batch", min=1)}}
     known = getattr(net, "about", {})
-    about = {name: json.dumps(known[name]) for name in _ABOUT if name in known} | dict(outputs=json.dumps(pipeline.outputs))
+    about = {name: json.dumps(known[name]) for name in _ABOUT if name in known}
+    about["outputs"] = json.dumps(pipeline.outputs)
     file.parent.mkdir(parents=True, exist_ok=True)
     with _quiet(), torch.no_grad():
         if format == "torch-export":
@@ -72,10 +75,12 @@ def export_model(
         try: import onnx, onnxscript    # noqa: E401, F401
         except ImportError as error:
             raise ValueError(f"exporting to ONNX needs {error.name}: pip install 'fd_focus[export]'") from None
-        program = torch.onnx.export(pipeline, example, dynamo=True, external_data=False, opset_version=opset, verbose=False,
-                                    dynamic_shapes=dynamic, input_names=["image"], output_names=list(pipeline.outputs))
+        program = torch.onnx.export(
+            pipeline, example, dynamo=True, external_data=False, opset_version=opset, verbose=False,
+            dynamic_shapes=dynamic, input_names=["image"], output_names=list(pipeline.outputs))
     if (written := program.model.opset_imports[""]) != opset:
-        raise ValueError(f"opset={opset} cannot be had: the exporter wrote version {written}; use opset={written}, or the default")
+        raise ValueError(f"opset={opset} cannot be had: the exporter wrote version {written}; use opset={written}, or "
+                         "the default")
     program.model.metadata_props.update(about)
     return put(file, lambda part: program.save(part, external_data=False))
 
@@ -89,7 +94,8 @@ def run_exported(
     if not file.is_file(): raise FileNotFoundError(f"no file {file}")
     if file.suffix == FORMATS["torch-export"]: return _run_pt2(file)
     try: import onnxruntime
-    except ImportError: raise ValueError("running an ONNX file needs onnxruntime: pip install 'fd_focus[export]'") from None
+    except ImportError:
+        raise ValueError("running an ONNX file needs onnxruntime: pip install 'fd_focus[export]'") from None
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if threads: options.intra_op_num_threads = threads
@@ -176,4 +182,5 @@ def check_parity(
         gap = (ours[name] - theirs[name]).abs().flatten(1)[~tie] if name in ours else torch.full((1, 1), -1.)
         return float(gap.max()) if gap.numel() else 0.
     classes = ours["probabilities"].argmax(1) == theirs["probabilities"].argmax(1)
-    return Parity(len(images), int((classes & ~tie).sum()), int(same.sum()), int(tie.sum()), most("probabilities"), most("scores"))
+    return Parity(len(images), int((classes & ~tie).sum()), int(same.sum()), int(tie.sum()),
+                  most("probabilities"), most("scores"))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['find_pictures', 'check_kind', 'Rows', 'regions_file', 'predict_files']
 
-# %% ../../nbs/62_files.ipynb #62_files_003
+# %% ../../nbs/62_files.ipynb #62_files_012
 import csv
 import glob
 import json
@@ -58,7 +58,7 @@ def _below(path: str, lines: Iterable[str], regions: Path | None) -> Iterator[st
     else: yield path
 
 def find_pictures(
-    paths: Iterable[str],       # files, folders (with all below them), patterns such as 'birds/**/*.jpg', or '-': the list `lines`
+    paths: Iterable[str],       # files, folders with all below them, patterns such as 'birds/**/*.jpg', or '-': `lines`
     lines: Iterable[str] = (),  # a path a line
     rank: int = 0, world: int = 1,  # every `world`-th picture, from the `rank`-th on
     regions: Path | None = None,    # a folder of drawings, which is left out
@@ -105,7 +105,7 @@ def write(self: Rows, file, found: Prediction | Exception, error: Exception | No
     if self.kind == "jsonl":
         row = dict(file=str(file)) | row | (dict(error=why) if why else {})
         text = json.dumps(row, ensure_ascii=False)
-        self.stream.write((text if _is_utf8(text) else json.dumps(row)) + "\n")      # a stray byte becomes \\udc80 to \\udcff
+        self.stream.write((text if _is_utf8(text) else json.dumps(row)) + "\n")      # a stray byte: \\udc80 to \\udcff
     elif not found: self.writer.writerow([file, *[""] * (1 + 2 * self.top + 2 * self.boxes), why])
     else: self.writer.writerow([file, *self._cells(row), why])
 
@@ -114,7 +114,8 @@ def _cells(self: Rows, row: dict) -> Iterator:
     "What stands in a table between the file and the error."
     yield from (row["label"], row["probability"], "" if row["sure"] is None else row["sure"])
     for label, probability in row["top5"][1:]: yield from (label, probability)
-    for box, score in zip(row["boxes"], row["scores"]): yield from (" ".join(map(str, box)), "" if score is None else score)
+    for box, score in zip(row["boxes"], row["scores"]):
+        yield from (" ".join(map(str, box)), "" if score is None else score)
 
 # %% ../../nbs/62_files.ipynb #92_predict065
 _SAVED = {".jpg", ".jpeg", ".png", ".webp"}
@@ -140,8 +141,8 @@ def _regions_folder(folder: Path) -> None:
         other = sorted(entry for entry in folder.iterdir()
                        if not entry.name.startswith(".") and (entry.is_dir() or entry.suffix.lower() in EXTENSIONS))
         if other:
-            raise ValueError(f"regions: {folder} holds what is no drawing of an earlier run, such as {other[0]}, and might be "
-                             "overwritten; give a new folder")
+            raise ValueError(f"regions: {folder} holds what is no drawing of an earlier run, such as {other[0]}, and "
+                             "might be overwritten; give a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     mark.touch()
 
