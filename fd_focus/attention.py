@@ -24,7 +24,7 @@ def class_activation_maps(
     features: Tensor, # (B,n,h,w) feature maps Z, before pooling
     weight: Tensor,   # (C,n) weight W of the linear layer that follows global average pooling
 ) -> Tensor:          # (B,C,h,w) one map a class
-    "Class-activation maps $M_k=\\sum_i W_{ki}Z_i$ (section 3.2; Zhou et al. 2016). Raises ValueError if shapes disagree."
+    "Class-activation maps $M_k=\\sum_i W_{ki}Z_i$ (section 3.2, Zhou 2016). Raises ValueError if shapes disagree."
     _check(features, weight)
     return torch.einsum("bnhw,cn->bchw", features, weight)
 
@@ -76,7 +76,7 @@ def smooth(
     attention: Tensor,   # (B,h,w)
     sigma: float = 1.0,  # standard deviation in cells of the map (times image/map: in pixels); 0 means none
 ) -> Tensor:             # (B,h,w)
-    "Gaussian smoothing of each map (section 3.2), renormalised at the border. Raises ValueError if `sigma` is negative."
+    "Gaussian smoothing of each map (section 3.2), renormalised at the border. Raises ValueError if `sigma` < 0."
     if sigma < 0: raise ValueError(f"sigma={sigma} is negative; use 0 for no smoothing")
     if sigma == 0: return attention
     rows = _gaussian_matrix(attention.shape[-2], sigma, attention.device)
@@ -98,6 +98,7 @@ def attention_map(
         if target is None: attention = _max_cam(features, weight)
         else:
             if target.shape != features.shape[:1]:
-                raise ValueError(f"target must have shape ({len(features)},), one class an image, got {tuple(target.shape)}")
+                raise ValueError(f"target must have shape ({len(features)},), one class an image, "
+                                 f"got {tuple(target.shape)}")
             attention = torch.einsum("bnhw,bn->bhw", features, weight[target])
         return smooth(attention, sigma)

@@ -60,7 +60,8 @@ def suppression_table(
     iou_threshold: float = 0.25, # boxes that overlap more than this suppress each other
 ) -> Tensor:                     # (N,N) bool: row i holds what box i suppresses
     "Which box suppresses which, itself included. IoU is float32, the threshold double, as in `torchvision.ops.nms`."
-    return (box_iou(boxes, boxes).double() > iou_threshold) | torch.eye(len(boxes), dtype=torch.bool, device=boxes.device)
+    itself = torch.eye(len(boxes), dtype=torch.bool, device=boxes.device)
+    return (box_iou(boxes, boxes).double() > iou_threshold) | itself
 
 # %% ../nbs/12_regions.ipynb #20_regions014b
 def _greedy(scores: Tensor, table: Tensor, m: int) -> Tensor:
@@ -97,7 +98,7 @@ def propose_from_table(
     table: Tensor,     # (N,N) from `suppression_table`
     m: int = 6,        # number of regions
 ) -> Tensor:           # (B,m) indices, best first
-    "Batched greedy NMS as `m` rounds of maximum and mask; the best suppressed boxes follow where fewer than `m` survive."
+    "Batched greedy NMS as `m` rounds of maximum and mask; the best suppressed follow where fewer than `m` survive."
     scores = attention.flatten(1)
     if not 0 <= m <= len(table): raise ValueError(f"m={m} regions asked for, but there are only {len(table)} boxes")
     if scores.shape[1] != len(table):

@@ -65,9 +65,11 @@ def _shapes(head_turn, wing_turn, tail_turn, mark):
         crown=[head(_ellipse(.32, -.315, .105, .05 * mark, n=14))],
         eye=[head(_ellipse(.385, -.235, .10, .020 * mark, .05, n=12))],
         collar=[_turn(_ellipse(.235, -.095, .030 * mark, .125, .75, n=14), (.22, -.12), head_turn / 2)],
-        breast=[_ellipse(x, y, .026 * mark, .026 * mark, n=9) for x, y in ((.27, .06), (.20, .12), (.29, -.01), (.13, .15))],
+        breast=[_ellipse(x, y, .026 * mark, .026 * mark, n=9)
+                for x, y in ((.27, .06), (.20, .12), (.29, -.01), (.13, .15))],
         wing=[bar(-.02), bar(-.15)],
-        tail=[tail([(-.74 + .085 * mark, .040 - .022 * mark), (-.74 + .085 * mark, .151 - .004 * mark), (-.74, .16), (-.76, .02)])],
+        tail=[tail([(-.74 + .085 * mark, .040 - .022 * mark), (-.74 + .085 * mark, .151 - .004 * mark),
+                    (-.74, .16), (-.76, .02)])],
     )
     return parts, marks
 
@@ -98,11 +100,16 @@ def _background(rng, size, clutter):
         x, y, length, angle = *rng.uniform(0, size, 2), rng.uniform(.05, .35) * size, rng.uniform(0, np.pi)
         kind, colour = rng.integers(4), _fill(_colour(rng))
         dx, dy = length * np.cos(angle), length * np.sin(angle)
-        if kind == 0: draw.line([x, y, x + dx, y + dy], fill=colour, width=max(1, int(size * rng.uniform(.006, .02))))
-        elif kind == 1: draw.polygon([tuple(p) for p in _ellipse(x, y, length / 3, length / 8, angle, n=10)], fill=colour)
+        if kind == 0:
+            draw.line([x, y, x + dx, y + dy], fill=colour, width=max(1, int(size * rng.uniform(.006, .02))))
+        elif kind == 1:
+            draw.polygon([tuple(p) for p in _ellipse(x, y, length / 3, length / 8, angle, n=10)], fill=colour)
         elif kind == 2:
-            for k in range(3): draw.line([x + k * size * .03, y, x + k * size * .03 + dx / 4, y + dy / 4], fill=colour, width=max(1, int(size * .012)))
-        else: r = size * rng.uniform(.006, .02); draw.ellipse([x - r, y - r, x + r, y + r], fill=colour)
+            for x0 in (x, x + size * .03, x + size * .06):
+                draw.line([x0, y, x0 + dx / 4, y + dy / 4], fill=colour, width=max(1, int(size * .012)))
+        else:
+            r = size * rng.uniform(.006, .02)
+            draw.ellipse([x - r, y - r, x + r, y + r], fill=colour)
     return image, draw
 
 # %% ../nbs/10_toy.ipynb #00_toy012
@@ -114,9 +121,9 @@ def draw_bird(
     clutter: float = .5,           # amount of background things; 0 is none, 1 is a thicket
     label: int = 0,                # recorded in the truth
 ) -> tuple[Image.Image, ToyTruth]:
-    "Draw one bird with its truth. Pose, colours and background are independent of `marks`."
+    "Draw one bird with its truth. Bird and background depend neither on `marks` nor on each other."
     size = 2 * image_size                                     # twice the size, halved at the end: smooth edges
-    image, draw = _background(rng, size, clutter)
+    image, draw = _background(np.random.default_rng(rng.integers(2**63)), size, clutter)
     parts, mark_shapes = _shapes(rng.uniform(-.35, .35), rng.uniform(-.2, .3), rng.uniform(-.35, .3), mark_size)
     scale = rng.uniform(.50, .66) * size
     angle = rng.uniform(-.4, .4)
@@ -167,8 +174,9 @@ class ToyBirds(Dataset):
         if split not in SPLITS: raise ValueError(f"split={split!r} is none of {SPLITS}")
         if images_per_class < 1: raise ValueError(f"images_per_class={images_per_class}; use at least 1")
         if image_size < 16: raise ValueError(f"image_size={image_size} is too small to draw a bird; use at least 16")
-        self.split, self.images_per_class, self.n_classes, self.image_size = split, images_per_class, n_classes, image_size
-        self.mark_size, self.clutter, self.seed, self.cache = mark_size, clutter, seed, cache
+        self.split, self.images_per_class, self.n_classes = split, images_per_class, n_classes
+        self.image_size, self.mark_size, self.clutter = image_size, mark_size, clutter
+        self.seed, self.cache = seed, cache
         self.marks = class_marks(n_classes)
         self.classes = [class_name(marks) for marks in self.marks]
         self._kept = {}
@@ -195,10 +203,9 @@ def draw(self: ToyBirds, i: int) -> tuple[Image.Image, ToyTruth]:
     if self.cache: self._kept[i] = drawn
     return drawn
 
-# %% ../nbs/10_toy.ipynb #00_toy019c
 @patch
 def truth(self: ToyBirds, i: int) -> ToyTruth:
-    "The truth about picture `i`: box, parts, marks."
+    "The truth about picture `i`: box, parts, marks. Draws it, unless it is in the cache."
     return self.draw(i)[1]
 
 # %% ../nbs/10_toy.ipynb #00_toy023
@@ -224,7 +231,7 @@ class ToyLabeller:
 def toy_items(
     images_per_class: int = 80,      # in training
     valid_per_class: int = 20,       # in validation
-    split: str = "valid",            # stream of the second half: 'valid' for choices, 'test' for the finished one
+    split: str = "valid",            # stream of the second half: 'valid' for choices, 'test' for the last word
     **kwargs,                        # to `ToyBirds`
 ) -> tuple[list, ToyReader]:         # items of both halves, and what draws them
     "Items and reader for a fastai DataBlock: training birds first, then those of the other split."

@@ -12,18 +12,6 @@ from torch import Tensor
 
 from .regions import _pair
 
-# %% ../nbs/13_zoom.ipynb #30_zoom008
-def _zoom_any(images: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    "Zoom of boxes of any size by `grid_sample`."
-    (b, _, height, width), m = images.shape, boxes.shape[1]
-    steps = [(torch.arange(n, device=images.device, dtype=torch.float32) + 0.5) / n for n in size]
-    x0, y0, x1, y1 = boxes.float().unsqueeze(-1).unbind(2)                       # (B,m,1) each
-    x = (x0 + (x1 - x0) * steps[1]) * 2 / width - 1                               # (B,m,size)
-    y = (y0 + (y1 - y0) * steps[0]) * 2 / height - 1
-    points = torch.stack([x[:, :, None, :].expand(-1, -1, size[0], -1), y[..., None].expand(-1, -1, -1, size[1])], -1)
-    crops = F.grid_sample(images.float(), points.flatten(1, 2), align_corners=False, padding_mode="border")
-    return crops.unflatten(2, (m, size[0])).transpose(1, 2).to(images.dtype)
-
 # %% ../nbs/13_zoom.ipynb #30_zoom009
 def _windows(images: Tensor, top: Tensor, left: Tensor, region: tuple[int, int]) -> Tensor:
     "(B,m,3,*region) pixels below and right of the corners (B,m): one copy out of a view of all windows."
@@ -33,11 +21,13 @@ def _windows(images: Tensor, top: Tensor, left: Tensor, region: tuple[int, int])
 def _windows_gather(images: Tensor, top: Tensor, left: Tensor, region: tuple[int, int]) -> Tensor:
     "The same by one gather with corner + offset: index arithmetic that every exporter and runtime knows."
     (b, channels, _, width), m = images.shape, top.shape[1]
-    offsets = torch.arange(region[0], device=images.device)[:, None] * width + torch.arange(region[1], device=images.device)
+    rows, columns = (torch.arange(side, device=images.device) for side in region)
+    offsets = rows[:, None] * width + columns
     index = (top * width + left)[..., None] + offsets.flatten()                   # (B,m,r*r)
     pixels = images.flatten(2).gather(2, index.flatten(1)[:, None].expand(-1, channels, -1))
     return pixels.view(b, channels, m, *region).transpose(1, 2)
 
+# %% ../nbs/13_zoom.ipynb #30_zoom009c
 def _zoom_equal(images: Tensor, boxes: Tensor, size: tuple[int, int], region: tuple[int, int]) -> Tensor:
     "Zoom of boxes of one size; corners are rounded to whole pixels."
     (b, channels, height, width), m = images.shape, boxes.shape[1]
@@ -46,7 +36,40 @@ def _zoom_equal(images: Tensor, boxes: Tensor, size: tuple[int, int], region: tu
     pixels = (_windows_gather if torch.compiler.is_compiling() else _windows)(images, top, left, region)
     # One plane a row: `interpolate` takes its slow path for many channels of an odd number.
     planes = pixels.reshape(b * m * channels, 1, *region)
-    return F.interpolate(planes, size=size, mode="bilinear", align_corners=False).view(b, m, channels, *size)
+    reduced = region[0] > size[0] or region[1] > size[1]
+    if reduced: planes = planes.float()                                          # 16 bits have no antialias on a CPU
+    crops = F.interpolate(planes, size=size, mode="bilinear", align_corners=False, antialias=reduced)
+    return crops.to(images.dtype).view(b, m, channels, *size)
+
+# %% ../nbs/13_zoom.ipynb #30_zoom008
+def _triangles(low: Tensor, high: Tensor, n: int, pixels: int) -> Tensor:
+    "(B,m,n,pixels) weights of a row's (or column's) pixels in the n pixels of a crop from `low` to `high` (B,m)."
+    step = ((high - low) / n)[..., None, None]                                    # image pixels a crop pixel
+    centre = low[..., None, None] + (torch.arange(n, device=low.device)[:, None] + 0.5) * step
+    weights = (1 - (torch.arange(pixels, device=low.device) + 0.5 - centre).abs() / step.clamp_min(1)).clamp_min(0)
+    return weights / weights.sum(-1, keepdim=True).clamp_min(1e-6)
+
+def _zoom_weighted(images: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    "Zoom of boxes of any size, enlarged or reduced (then antialiased): a weighted sum of rows, and of columns."
+    x0, y0, x1, y1 = boxes.float().unbind(2)                                      # (B,m) each
+    rows, columns = _triangles(y0, y1, size[0], images.shape[2]), _triangles(x0, x1, size[1], images.shape[3])
+    crops = torch.einsum("bmyh,bchw->bmcyw", rows, images.float()) @ columns.transpose(2, 3)[:, :, None]
+    return crops.to(images.dtype)
+
+# %% ../nbs/13_zoom.ipynb #30_zoom008b
+def _zoom_any(images: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    "Zoom of boxes of any size by `grid_sample`; by weights where one is reduced, and in graphs."
+    (b, _, height, width), m = images.shape, boxes.shape[1]
+    if torch.compiler.is_compiling(): return _zoom_weighted(images, boxes, size)
+    sides = boxes[..., 2:] - boxes[..., :2]                                       # (B,m,2) width, height
+    if (sides > torch.tensor(size[::-1], device=boxes.device)).any(): return _zoom_weighted(images, boxes, size)
+    steps = [(torch.arange(n, device=images.device, dtype=torch.float32) + 0.5) / n for n in size]
+    x0, y0, x1, y1 = boxes.float().unsqueeze(-1).unbind(2)                       # (B,m,1) each
+    x = (x0 + (x1 - x0) * steps[1]) * 2 / width - 1                               # (B,m,size)
+    y = (y0 + (y1 - y0) * steps[0]) * 2 / height - 1
+    points = torch.stack([x[:, :, None].expand(-1, -1, size[0], -1), y[..., None].expand(-1, -1, -1, size[1])], -1)
+    crops = F.grid_sample(images.float(), points.flatten(1, 2), align_corners=False, padding_mode="border")
+    return crops.unflatten(2, (m, size[0])).transpose(1, 2).to(images.dtype)
 
 # %% ../nbs/13_zoom.ipynb #30_zoom012
 @torch.no_grad()
@@ -54,9 +77,9 @@ def zoom(
     images: Tensor,                                    # (B,3,H,W)
     boxes: Tensor,                                     # (B,m,4) xyxy in pixels of `images`
     size: int | tuple[int, int],                       # side of the zoomed crop in pixels, or (height, width)
-    region_size: int | tuple[int, int] | None = None,  # side of *all* boxes in pixels: the fast way, corners at whole pixels
+    region_size: int | tuple[int, int] | None = None,  # side of *all* boxes, pixels: fast; corners at whole pixels
 ) -> Tensor:                                           # (B,m,3,size,size), without gradient
-    "Crop and enlarge regions, bilinear, the whole batch at once (section 3.2). Raises ValueError if shapes disagree."
+    "Crop and resize regions, bilinear, antialiased where reduced (section 3.2). Raises ValueError if shapes disagree."
     if images.ndim != 4: raise ValueError(f"images must be (B,3,H,W), got shape {tuple(images.shape)}")
     if boxes.ndim != 3 or boxes.shape[-1] != 4 or boxes.shape[0] != images.shape[0]:
         raise ValueError(f"boxes must be ({images.shape[0]},m,4), got shape {tuple(boxes.shape)}")

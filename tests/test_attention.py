@@ -17,12 +17,14 @@ def test_refuses_what_cannot_be_meant():
 
 
 @settings(deadline=None, max_examples=50)
-@given(classes=st.integers(1, 40), channels=st.integers(1, 24), h=st.integers(1, 6), w=st.integers(1, 6), seed=st.integers(0, 10**6))
+@given(classes=st.integers(1, 40), channels=st.integers(1, 24), h=st.integers(1, 6), w=st.integers(1, 6),
+       seed=st.integers(0, 10**6))
 def test_maximum_in_blocks_is_the_maximum(classes, channels, h, w, seed):
     generator = torch.Generator().manual_seed(seed)
-    features, weight = torch.rand(2, channels, h, w, generator=generator), torch.randn(classes, channels, generator=generator)
+    features = torch.rand(2, channels, h, w, generator=generator)
+    weight = torch.randn(classes, channels, generator=generator)
     expected = class_activation_maps(features, weight).amax(1)
-    torch.testing.assert_close(_max_cam(features, weight), expected, rtol=1e-4, atol=1e-5)      # other order of summation
+    torch.testing.assert_close(_max_cam(features, weight), expected, rtol=1e-4, atol=1e-5)  # another order of sums
 
 
 @settings(deadline=None, max_examples=50)

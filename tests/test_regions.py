@@ -29,18 +29,21 @@ boxes, attention = region_grid(448, 14, 160), torch.rand(4, 14, 14, generator=to
 def test_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="region_size=500 does not fit image_size=448"): region_grid(448, 14, 500)
     with pytest.raises(ValueError, match="map_size=0 has no cell"): region_grid(448, 0, 160)
-    with pytest.raises(ValueError, match="m=197 regions asked for, but there are only 196 boxes"): propose(attention, boxes, m=197)
+    with pytest.raises(ValueError, match="m=197 regions asked for, but there are only 196 boxes"):
+        propose(attention, boxes, m=197)
     with pytest.raises(ValueError, match="42 cells, but there are 196 boxes"): propose(attention[:, :3], boxes)
 
 
 @settings(deadline=None, max_examples=100)
-@given(height=st.integers(20, 450), width=st.integers(20, 450), h=st.integers(1, 15), w=st.integers(1, 15), share=st.floats(.05, 1))
+@given(height=st.integers(20, 450), width=st.integers(20, 450), h=st.integers(1, 15), w=st.integers(1, 15),
+       share=st.floats(.05, 1))
 def test_boxes_lie_inside_and_keep_their_size(height, width, h, w, share):
     region = max(1, int(height * share)), max(1, int(width * share))
     grid = region_grid((height, width), (h, w), region)
     assert grid.shape == (h * w, 4) and (grid[:, :2] >= 0).all()
-    assert (grid[:, 2] <= width + 1e-4).all() and (grid[:, 3] <= height + 1e-4).all()       # float32 at fractions of a pixel
-    torch.testing.assert_close(grid[:, 2:] - grid[:, :2], torch.tensor(region[::-1]).float().expand(h * w, 2), rtol=1e-5, atol=1e-4)
+    assert (grid[:, 2] <= width + 1e-4).all() and (grid[:, 3] <= height + 1e-4).all()   # float32, fractions of a pixel
+    sides = torch.tensor(region[::-1]).float().expand(h * w, 2)
+    torch.testing.assert_close(grid[:, 2:] - grid[:, :2], sides, rtol=1e-5, atol=1e-4)
 
 
 @settings(deadline=None, max_examples=100)
@@ -72,5 +75,6 @@ def test_best_region_is_drawn_last():
     from matplotlib.colors import to_rgba
     fig, ax = plt.subplots()
     draw_regions(ax, torch.rand(3, 448, 448), boxes[:6], k=6)
-    assert [patch.get_edgecolor() for patch in ax.patches[::-1]] == [to_rgba(c) for c in (*REGION_COLOURS, "white", "white")]
+    drawn = [patch.get_edgecolor() for patch in ax.patches[::-1]]
+    assert drawn == [to_rgba(c) for c in (*REGION_COLOURS, "white", "white")]
     plt.close(fig)
