@@ -20,6 +20,7 @@ def _seen(source, what) -> tuple[Tensor, Look]:
     "Pictures and their `Look`: as they are, or what a learner sees of files or of a batch."
     return source.see(what) if hasattr(source, "see") else (source, what)
 
+# %% ../nbs/18_draw.ipynb #18_draw_015
 def _axes(axes, nrows: int, ncols: int, size: float, needed: int | None = None):
     "A flat array of axes, bare: those given, or those of a new figure. ValueError if there are too few."
     needed = needed or nrows * ncols
@@ -49,7 +50,7 @@ def plot_regions(
         draw_regions(ax, image, boxes.cpu(), titles[i] if titles else None, k).axis("on")
     return axes[0].figure
 
-# %% ../nbs/18_draw.ipynb #18_draw_006
+# %% ../nbs/18_draw.ipynb #18_draw_017
 def plot_attention(
     source,                          # as in `plot_regions`
     what,

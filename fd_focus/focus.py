@@ -171,6 +171,7 @@ def used(self: FocusNet) -> int:
     "Regions that the answer needs."
     return self.l if self.answer in ("ensemble", "adaptive") or self.answer == "hybrid" and self.hybrid else 0
 
+# %% ../nbs/16_focus.ipynb #16_focus_028
 @patch
 def _look(self: FocusNet, x: Tensor, k: int, shown: int) -> Look:
     "Propose `shown` regions, and look at the first `k` of them."
@@ -186,7 +187,7 @@ def _look(self: FocusNet, x: Tensor, k: int, shown: int) -> Look:
     head = self.answer if self.answer != "hybrid" or self.hybrid else "image"
     return Look(heads[head], heads, boxes, scores, attention)
 
-# %% ../nbs/16_focus.ipynb #16_focus_028
+# %% ../nbs/16_focus.ipynb #16_focus_029
 @patch
 def unsure(self: FocusNet, logits: Tensor) -> Tensor:
     "(B,) bool: where the image head's largest probability is below `look_again_below`."
@@ -230,6 +231,7 @@ def callbacks(self: FocusNet) -> list:
     "For attention='single', what passes the true classes."
     return [PassTarget()] if self.attention == "single" else []
 
+# %% ../nbs/16_focus.ipynb #16_focus_049
 @patch
 def extra_repr(self: FocusNet) -> str:
     sizes = f"image_size={self.image_size}, region_size={self.region_size}, zoom_size={self.zoom_size}"

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from .methods import Method, loss_terms, mean_of_heads
 
-# %% ../nbs/17_loss.ipynb #50_loss008
+# %% ../nbs/17_loss.ipynb #17_loss_007
 def _plain(x):
     "Without fastai's tensor types, which cross entropy rejects."
     if isinstance(x, dict): return {name: _plain(part) for name, part in x.items()}
     return x.as_subclass(Tensor) if isinstance(x, TensorBase) else x
 
+# %% ../nbs/17_loss.ipynb #50_loss008
 class FocusLoss(Module):
     "Weighted sum of the losses of every head (section 3.3); of plain logits, their own loss."
     y_int = True     # targets are class indices: fastai's MixUp then blends losses, not targets
@@ -82,6 +83,7 @@ def _criterion(self: FocusLoss, training: bool) -> Callable:
         return torch.stack([self.criterion(logit[None], t[None]).squeeze() for logit, t in zip(logits, target)])
     return one_by_one
 
+# %% ../nbs/17_loss.ipynb #17_loss_008
 @patch
 def weights(self: FocusLoss, terms) -> dict[str, float]:
     "Weight of every term by name. ValueError where `head_weights` names one that is not there."
