@@ -59,7 +59,7 @@ def _zoom_weighted(images: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tens
 # %% ../nbs/13_zoom.ipynb #30_zoom008b
 def _zoom_any(images: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     "Zoom of boxes of any size by `grid_sample`; by weights where one is reduced, and in graphs."
-    (b, _, height, width), m = images.shape, boxes.shape[1]
+    (height, width), m = images.shape[2:], boxes.shape[1]
     if torch.compiler.is_compiling(): return _zoom_weighted(images, boxes, size)
     sides = boxes[..., 2:] - boxes[..., :2]                                       # (B,m,2) width, height
     if (sides > torch.tensor(size[::-1], device=boxes.device)).any(): return _zoom_weighted(images, boxes, size)
