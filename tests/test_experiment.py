@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from fd_focus.evidence.experiment import (PlannedRun, _same, keep_predictions, load_plan, paired_difference,
-                                          plot_results, read_predictions, read_rows, run_experiment, summarise)
+from fd_focus.evidence.comparison import paired_difference, plot_results, read_predictions, read_rows, summarise
+from fd_focus.evidence.experiment import PlannedRun, _same, keep_predictions, load_plan, run_experiment
 from fd_focus.training.settings import Settings
 
 BIN = Path(sys.executable).parent
