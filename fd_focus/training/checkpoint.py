@@ -69,6 +69,7 @@ def random_state(
     if torch.cuda.is_available(): state["cuda"] = torch.cuda.get_rng_state_all()
     return state
 
+# %% ../../nbs/32_checkpoint.ipynb #32_checkpoint_000
 def set_random_state(state: dict, loaders=()) -> None:
     "Put every generator back to where `random_state` saw it."
     as_state = lambda s: (s[0], tuple(s[1]), s[2])
@@ -103,6 +104,7 @@ def _memories(learn) -> dict:
         memories["mixed_precision"] = plain(scaler.state_dict())
     return memories
 
+# %% ../../nbs/32_checkpoint.ipynb #32_checkpoint_001
 def _recall(learn, memories: dict) -> None:
     memories = to_device(memories, next(learn.model.parameters()).device)
     for cb in learn.cbs:
@@ -129,6 +131,7 @@ def facts(learn) -> dict:
             "pictures a batch": _own(dls.train).bs * max(1, num_distrib()),
             "frozen groups": learn.opt.frozen_idx, "groups of parameters": len(learn.opt.param_lists)}
 
+# %% ../../nbs/32_checkpoint.ipynb #32_checkpoint_002
 def _difference(name: str, old, new) -> str:
     if name == "classes" and len(old) == len(new):
         old, new = (sorted(set(a) - set(b)) or a for a, b in ((old, new), (new, old)))
@@ -143,6 +146,7 @@ def _from_all(value) -> list:
     torch.distributed.all_gather_object(values, value)
     return values
 
+# %% ../../nbs/32_checkpoint.ipynb #32_checkpoint_003
 def state_of(
     learn: FocusLearner,
     epoch: int,           # epochs that are done
@@ -187,6 +191,7 @@ def write_checkpoint(file: str | Path, state: dict) -> Path:
                 raise
     return put(file, write)
 
+# %% ../../nbs/32_checkpoint.ipynb #32_checkpoint_004
 def read_checkpoint(file: str | Path) -> dict:
     "Read a state; runs no code of the file. FileNotFoundError without one, ValueError where it is damaged."
     file = Path(file)
@@ -304,6 +309,7 @@ class _StopAsked(Callback):
         if over_processes(len(self.asked))[0]:
             raise Stopped(self.epoch + 1, self.n_epoch, self.iter + 1, self.n_iter, self.training)
 
+# %% ../../nbs/32_checkpoint.ipynb #32_checkpoint_005
 @contextmanager
 def stoppable(learn: FocusLearner):
     "Within it, Ctrl-C raises `Stopped` at the end of the batch; a second one, a second later, KeyboardInterrupt."

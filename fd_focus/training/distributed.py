@@ -45,6 +45,7 @@ def _sums(metric) -> tuple | None:
     if (names := getattr(type(metric), "sums", None)) is not None: return names
     return ("total", "count") if isinstance(metric, (AvgMetric, AvgLoss)) else None
 
+# %% ../../nbs/33_distributed.ipynb #33_distributed_000
 class CountShares(Callback):
     "Cuts off what fills up the last batch, and adds up what the processes have counted."
     order = 45      # before the Recorder's 50

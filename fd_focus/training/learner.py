@@ -133,6 +133,7 @@ class LossParts(Callback):
         totals, n = over_processes(*self.sums.values(), *self.counts.values()), len(self.names)
         self.sums, self.counts = dict(zip(self.names, totals[:n])), dict(zip(self.names, totals[n:]))
 
+# %% ../../nbs/30_learner.ipynb #30_learner_002
 class LossPart(Metric):
     "One term of the training loss, as a column of the table."
     def __init__(self, part: str): self.part, self.source = part, None   # its name in `Method.terms`
@@ -198,6 +199,7 @@ def show_results(self: FocusLearner, ds_idx=1, dl=None, max_n=6, shuffle=True, *
     colours = ["green" if t == g else "red" for t, g in zip(truth, guess)]
     return plot_focus(to_pixels(dl, x), look, titles, colours, **kwargs)
 
+# %% ../../nbs/30_learner.ipynb #30_learner_003
 class FocusInterpretation(ClassificationInterpretation):
     "fastai's ClassificationInterpretation, with the top-4 regions in `plot_top_losses`."
     def plot_top_losses(self, k: int, largest: bool = True, **kwargs):

@@ -42,6 +42,7 @@ def held_memory(
     changes = sorted((event.start_ns(), event.nbytes()) for event in events)
     return list(itertools.accumulate(change for _, change in changes))
 
+# %% ../../nbs/34_speed.ipynb #34_speed_006
 def peak_memory(
     work: Callable,          # called once without arguments, after a first call that is not measured
     device: str = "cpu",     # 'cpu' or 'cuda'
@@ -77,6 +78,7 @@ def _need_compiler(device: str):
     if device == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
         raise ValueError("compile_body on a CPU needs a C++ compiler: install g++ or clang++, or leave the option out")
 
+# %% ../../nbs/34_speed.ipynb #34_speed_007
 class CompileBody(Callback):
     "torch.compile of a method's bodies in place, for the training batches of a fit; names in the state dict stay."
     order = ChannelsLast.order + 1
@@ -122,6 +124,7 @@ def _at_rest(norms: list):
     finally:
         for norm, state in zip(norms, kept): norm.momentum, norm.num_batches_tracked = state
 
+# %% ../../nbs/34_speed.ipynb #34_speed_008
 class _checkpointed:
     "A forward pass that keeps the borders of `segments` only."
     def __init__(self, segments: list): self.segments = segments
@@ -144,6 +147,7 @@ class _Whole:
     def __init__(self, body: nn.Module): self.modules, self.forward = body.modules, body.forward
     def __call__(self, x: Tensor) -> Tensor: return self.forward(x)
 
+# %% ../../nbs/34_speed.ipynb #34_speed_009
 class CheckpointBody(Callback):
     "Keeps only the borders of the body's blocks for the backward pass; same numbers, more time, less memory."
     def before_fit(self):
@@ -238,6 +242,7 @@ def resolve_amp(
     has = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16" if has else "fp32"
 
+# %% ../../nbs/34_speed.ipynb #34_speed_010
 def speed_up(
     learn: Learner,               # with a Method
     channels_last: bool = True,   # memory layout of the body's convolutions
