@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RandomRegionsNet']
 
-# %% ../../nbs/55_controls.ipynb #55_controls_022
+# %% ../../nbs/55_controls.ipynb #55_controls_004
 from functools import wraps
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..focus import FocusNet
 
-# %% ../../nbs/55_controls.ipynb #55_controls_025
+# %% ../../nbs/55_controls.ipynb #55_controls_007
 class RandomRegionsNet(FocusNet):
     "A FocusNet that looks again at random places; in eval mode at the same ones in every picture."
     @wraps(FocusNet.__init__)      # it has the same options
@@ -29,4 +29,4 @@ class RandomRegionsNet(FocusNet):
     ) -> Tensor:                       # (B,h,w)
         "Random numbers where FocusNet has an attention map."
         if self.training: return torch.rand(maps.shape[0], *maps.shape[2:], device=maps.device)
-        return self.places.expand(len(maps), -1, -1)
+        return self.places.expand(maps.shape[0], -1, -1)      # len() would fix the batch size of an exported graph

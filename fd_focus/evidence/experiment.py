@@ -133,7 +133,7 @@ def _same(recorded: str, settings: Settings) -> bool:
     try: return effective(Settings(**json.loads(recorded))) == effective(settings)
     except (TypeError, ValueError): return False
 
-# %% ../../nbs/57_experiment.ipynb #57_experiment_006
+# %% ../../nbs/57_experiment.ipynb #57_experiment_009
 _ANSWERING = ("answer", "look_again_below")      # settings that change nothing in training
 
 def _training(settings: Settings) -> str:
