@@ -20,21 +20,21 @@ from pathlib import Path
 
 import torch
 
-from fd_focus.use.model_folder import FocusPipeline, export_model, fold_batch_norm, run_exported
-from fd_focus.model import FocusNet, PlainNet
+from fd_focus.methods import METHODS
+from fd_focus.use.export import export_model, run_exported
+from fd_focus.use.predict import FocusPipeline, fold_batch_norm
 
 BODIES = {"resnet50": 448, "mobilenet_v2": 224}
 EAGER = [("eager", folded, last) for folded in (False, True) for last in (False, True)]
 WAYS = EAGER + [("compiled", False, False), ("compiled", True, True), ("onnxruntime", False, False)]   # runtime, batch norm folded, channels last
 
 
-def make(body: str, size: int, plain: bool, classes: int):
+def make(body: str, size: int, method: str, classes: int):
     "A network with random weights; time does not depend on them."
     torch.manual_seed(0)
-    net = (PlainNet if plain else FocusNet).from_arch(body, classes, pretrained=False, image_size=size).eval()
+    net = METHODS[method].from_arch(body, classes, pretrained=False, image_size=size).eval()
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d): module.running_var.uniform_(.5, 2); module.running_mean.normal_(0, .1)
-    net.config = {}
     return net
 
 
@@ -105,9 +105,9 @@ def main(args=None):
     warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads or os.cpu_count())
     rows, about = [], machine()
-    for body, plain, batch in itertools.product(args.bodies, (False, True), args.batches):
+    for body, method, batch in itertools.product(args.bodies, ("focus", "plain"), args.batches):
         size = args.image_size or BODIES.get(body, 224)
-        net, model = make(body, size, plain, args.classes), "plain" if plain else "fd_focus"
+        net, model = make(body, size, method, args.classes), "fd_focus" if method == "focus" else method
         for row in measure(net, batch, args.seconds, [way for way in WAYS if way[0] in args.runtimes]):
             rows.append(dict(body=body, image_size=size, model=model, batch=batch) | row | about)
             print(body, size, model, f"batch {batch}:", row["runtime"], "folded" * row["folded"], "channels last" * row["channels_last"],

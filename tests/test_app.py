@@ -45,7 +45,7 @@ def folder(place):
     torch.manual_seed(0)
     for name, tensor in learn.model.state_dict().items():
         if "head" in name: tensor.normal_(0, .3)
-    save_focus(learn, place / "model", "toy_resnet", metrics=dict(accuracy=.5), temperature=1.5, threshold=.35)
+    save_focus(learn, place / "model", metrics=dict(accuracy=.5), temperature=1.5, threshold=.35)
     (place / "model" / "examples").mkdir()
     for i in (0, 5): bird(i).save(place / "model" / "examples" / f"bird{i}.jpg")
     return place / "model"
@@ -279,13 +279,13 @@ def test_plain_model_and_its_words(place, classifier, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(place))         # what lies there counts as uploaded
     pytest.importorskip("gradio", reason="gradio is not installed: pip install 'fd_focus[app]'")
     dls = FocusDataLoaders.from_folder(place / "birds", image_size=64, bs=2, num_workers=0)
-    save_focus(focus_learner(dls, "toy_resnet", pretrained=False, plain=True), place / "plain", "toy_resnet")
+    save_focus(focus_learner(dls, "toy_resnet", pretrained=False, method="plain"), place / "plain")
     bird().save(place / "plain.png")
     plain = FocusClassifier.load(place / "plain", "cpu")
     text, _ = build_app(plain).ask(str(place / "plain.png"))
-    assert "has no regions to show" in text and "Nobody chose a limit" in text and "not calibrated" in text
+    assert "shows no regions" in text and "Nobody chose a limit" in text and "not calibrated" in text
     assert text.count("<img") == 1 and "What the network saw" in text
-    assert "plain backbone" in about(plain) and "temperature 1.50" in about(classifier)
+    assert "| method | plain |" in about(plain) and "temperature 1.50" in about(classifier)
 
 
 def test_widget(classifier, tmp_path):
@@ -306,19 +306,19 @@ def test_without_the_extra(classifier, folder, monkeypatch):
     for name, work in (("gradio", lambda: build_app(classifier)), ("ipywidgets", lambda: focus_widget(classifier))):
         monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(ModuleNotFoundError, match=rf"{name} is not installed: pip install 'fd_focus\[app\]'"): work()
-    with pytest.raises(SystemExit, match="gradio is not installed"): fd_focus_app.__wrapped__(str(folder), device="cpu")
+    with pytest.raises(SystemExit, match="gradio is not installed"): fd_focus_app(str(folder), device="cpu")
 
 
 def test_command_errors(folder, tmp_path):
     pytest.importorskip("gradio", reason="gradio is not installed: pip install 'fd_focus[app]'")
-    with pytest.raises(SystemExit, match="no model folder"): fd_focus_app.__wrapped__(str(tmp_path / "gone"))
-    with pytest.raises(SystemExit, match="abacus"): fd_focus_app.__wrapped__(str(folder), device="abacus")
-    with pytest.raises(SystemExit, match="max_mb=-1"): fd_focus_app.__wrapped__(str(folder), max_mb=-1., device="cpu")
+    with pytest.raises(SystemExit, match="no model folder"): fd_focus_app(str(tmp_path / "gone"))
+    with pytest.raises(SystemExit, match="abacus"): fd_focus_app(str(folder), device="abacus")
+    with pytest.raises(SystemExit, match="max_mb=-1"): fd_focus_app(str(folder), max_mb=-1., device="cpu")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(SystemExit, match=f"cannot listen on 127.0.0.1, port {port}"): fd_focus_app.__wrapped__(str(folder), port=port, device="cpu")
+        with pytest.raises(SystemExit, match=f"cannot listen on 127.0.0.1, port {port}"): fd_focus_app(str(folder), port=port, device="cpu")
 
 
 def test_how_sure_is_said(classifier, folder):
@@ -330,7 +330,7 @@ def test_how_sure_is_said(classifier, folder):
     assert "On test pictures no limit made this model's answers good enough" in says(False, 2., judges="test") and "> 99" not in says(False, 2.)
     for one in (says(True, 1.), says(False, 1.)): assert "from > 99 % on" in one and "no limit" not in one      # the value of old folders: a limit like any other
     net = load_focus(folder)
-    net.config |= dict(threshold=2., judged_by="test")
+    net.about |= dict(threshold=2., judged_by="test")
     never = FocusClassifier(net, "cpu")
     assert explain(never, bird()).verdict == "doubt" and "On test pictures no limit" in explain(never, bird()).card()
     assert "| accuracy on test pictures | 50.0 % |" in about(never) and "| sure from | never: no limit was good enough |" in about(never)

@@ -25,7 +25,7 @@ def model(tmp_path_factory):
     dls = FocusDataLoaders.from_toy(2, 1, image_size=64, n_classes=3, bs=2)
     learn = focus_learner(dls, "toy_resnet", pretrained=False)
     shaken(learn.model)
-    save_focus(learn, folder / "model", "toy_resnet")
+    save_focus(learn, folder / "model")
     return folder / "model", list(dls.vocab)
 
 

@@ -1,4 +1,5 @@
 "Exported graphs answer as the network does, and a comparison that should fail does."
+import io
 import json
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from PIL import Image
 from fd_focus.data.loaders import FocusDataLoaders
 from fd_focus.methods import METHODS, Method
 from fd_focus.training.learner import focus_learner
+from fd_focus.use import export
+from fd_focus.use.cli import fd_focus_export
 from fd_focus.use.export import check_parity, export_model, run_exported, toy_images
 from fd_focus.use.model_folder import load_focus, save_focus
 from fd_focus.use.predict import FocusClassifier, FocusPipeline, fold_batch_norm
@@ -202,3 +205,43 @@ def test_folding_leaves_what_it_cannot_trace():
         def forward(self, x): return self.norm(self.conv(x)) if float(x.mean()) > -1e9 else x
     net = fold_batch_norm(METHODS["focus"](Odd(), 3, image_size=64))
     assert isinstance(net.body, Odd) and net(torch.rand(1, 3, 64, 64)).shape == (1, 3)
+
+
+# The command
+
+def test_command(saved, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    fd_focus_export(model=str(saved))
+    assert "model.onnx: " in (told := capsys.readouterr().out) and "64 pictures: 64 with the same class, 64 with the same boxes" in told
+    fd_focus_export(model=str(saved), format="torch-export", out="deep/birds.pt2", images=[str(data / "cars_sedan33")], n=3)
+    assert "3 pictures: 3 with the same class" in capsys.readouterr().out
+    assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")} == {"model.onnx", "deep", "deep/birds.pt2"}
+    def message(**kwargs):
+        with pytest.raises(SystemExit) as end: fd_focus_export(**dict(model=str(saved)) | kwargs)
+        return end.value.code
+    assert "no model folder" in message(model="gone")
+    assert "format='tflite'" in message(format="tflite")
+    assert "ends in .onnx" in message(out="model.bin")
+    assert "no file gone.jpg" in message(images=["gone.jpg"])
+    assert "n=0" in message(n=0)
+    assert "opset=18 is for format 'onnx'" in message(format="torch-export", opset=18)
+
+
+def test_command_reads_a_list(saved, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{file}\n" for file in sorted((data / "cars_sedan33").rglob("*.jpg"))[:3])))
+    fd_focus_export(model=str(saved), images=["-"], n=2)
+    assert "2 pictures: 2 with the same class" in capsys.readouterr().out
+
+
+def test_command_without_pictures(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    with pytest.raises(SystemExit) as end: fd_focus_export(model=str(saved), images=["-"])
+    assert "--images -: no pictures to compare on" in end.value.code and not list(tmp_path.iterdir())
+
+
+def test_command_keeps_no_graph_that_differs(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "run_exported", lambda file: (lambda image, run=run_exported(file): (out := run(image)) | dict(probabilities=out["probabilities"].roll(1, 1))))
+    with pytest.raises(SystemExit) as end: fd_focus_export(model=str(saved), out=str(tmp_path / "model.onnx"), n=4)
+    assert "does not answer as PyTorch does: 4 pictures: 0 with the same class" in end.value.code and not list(tmp_path.iterdir())

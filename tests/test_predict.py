@@ -21,8 +21,11 @@ from PIL import Image, ImageOps
 from fd_focus.use.cli import fd_focus_predict
 from fd_focus.data.loaders import FocusDataLoaders
 from fd_focus.use.model_folder import load_focus, save_focus
+from fd_focus.methods import METHODS, Look, Method, register
 from fd_focus.training.learner import focus_learner
-from fd_focus.use.predict import FocusClassifier, Prediction, Rows, draw_prediction, find_pictures, predict_files, prepare
+from fd_focus.use.app import explain
+from fd_focus.use.files import Rows, find_pictures, predict_files
+from fd_focus.use.predict import FocusClassifier, Prediction, draw_prediction, prepare
 from fd_focus.toy import ToyBirds
 
 SIZES = ((90, 70), (64, 120), (77, 77))    # of the original pictures, width and height
@@ -44,7 +47,7 @@ def make(dls, folder, arch="toy_resnet", extras={}, **kwargs):
     torch.manual_seed(0)
     learn = focus_learner(dls, arch, pretrained=False, **kwargs)
     shaken(learn.model)
-    return learn, save_focus(learn, folder, arch, **extras)
+    return learn, save_focus(learn, folder, **extras)
 
 
 def expected(learn, dl):
@@ -87,7 +90,7 @@ def test_large_photographs_as_in_validation(birds, tmp_path):
 
 def test_toy_items_as_in_validation(tmp_path):
     dls = FocusDataLoaders.from_toy(4, 4, image_size=64, n_classes=3, bs=8)
-    learn, folder = make(dls, tmp_path / "model", net_kwargs=dict(answer="ensemble", fusion="sum"))
+    learn, folder = make(dls, tmp_path / "model", answer="ensemble", fusion="mean")
     items = list(dls.valid_ds.items)
     read = dls.valid_ds.tfms[0][0]
     found = FocusClassifier.load(folder, "cpu").predict([read(item) for item in items])
@@ -218,13 +221,13 @@ def test_augmentations_that_leave_validation_alone(birds, tmp_path, recwarn):
 def test_temperature_and_threshold(birds, tmp_path):
     dls = FocusDataLoaders.from_folder(birds, image_size=64, bs=4, num_workers=0)
     learn, plain = make(dls, tmp_path / "plain")
-    hot = save_focus(learn, tmp_path / "hot", "toy_resnet", temperature=3., threshold=.4)
+    hot = save_focus(learn, tmp_path / "hot", temperature=3., threshold=.4)
     file = sorted(birds.rglob("*.jpg"))[0]
     cold, warm = (FocusClassifier.load(folder, "cpu").predict(file) for folder in (plain, hot))
     assert torch.allclose((cold.probabilities.log() / 3).softmax(-1), warm.probabilities, atol=1e-5)
     assert cold.sure is None and warm.sure is (warm.probability >= .4) and warm.label == cold.label
     for threshold, sure in ((0., True), (2., False)):                         # 2: no answer is sure, however probable
-        folder = save_focus(learn, tmp_path / f"{threshold}", "toy_resnet", temperature=1e-4, threshold=threshold)
+        folder = save_focus(learn, tmp_path / f"{threshold}", temperature=1e-4, threshold=threshold)
         found = FocusClassifier.load(folder, "cpu").predict(file)
         assert found.sure is sure and found.probability == 1
         assert ("not sure" in repr(found)) is not sure
@@ -232,13 +235,44 @@ def test_temperature_and_threshold(birds, tmp_path):
 
 def test_plain_model(birds, tmp_path):
     dls = FocusDataLoaders.from_folder(birds, image_size=64, bs=4, num_workers=0)
-    learn, folder = make(dls, tmp_path / "model", plain=True)
+    learn, folder = make(dls, tmp_path / "model", method="plain")
     items = list(dls.valid_ds.items)
     found = FocusClassifier.load(folder, "cpu").predict([birds / item for item in items])
     assert torch.allclose(torch.stack([f.probabilities for f in found]), expected(learn, dls.test_dl(items)), atol=1e-4)
     assert found[0].boxes.shape == (0, 4) and found[0].attention is None
     json.dumps(found[0].as_dict())
     assert draw_prediction(birds / items[0], found[0]).size == found[0].size[::-1]
+
+
+class Alone(Method):
+    "Boxes without scores."
+    def __init__(self, body, n_classes, image_size=448):
+        super().__init__(body, n_classes, image_size)
+        self.head = torch.nn.Linear(self.n_features, n_classes)
+    def look(self, x):
+        boxes = torch.tensor([[[0., 0, 16, 16], [8, 8, 24, 24]]], device=x.device).expand(len(x), -1, -1)
+        return Look(self.head(self.body(x).mean((2, 3))), boxes=boxes)
+    def forward(self, x, target=None):
+        logits = self.look(x).answer
+        return {"image": logits} if self.training else logits
+
+
+def test_boxes_without_scores(birds, tmp_path, monkeypatch):
+    "A method of one's own may show boxes alone: rows and drawings have what there is."
+    monkeypatch.setattr(METHODS, "places", dict(METHODS.places))
+    register("alone", Alone)
+    dls = FocusDataLoaders.from_folder(birds, image_size=64, bs=4, num_workers=0)
+    classifier = FocusClassifier.load(make(dls, tmp_path / "model", method="alone")[1], "cpu")
+    file = sorted(birds.rglob("*.jpg"))[0]
+    found = classifier.predict(file)
+    assert classifier.pipeline.outputs == ("probabilities", "boxes") and classifier.pipeline.n_boxes == 2
+    assert found.boxes.shape == (2, 4) and found.scores.isnan().all() and found.attention is None
+    assert json.loads(json.dumps(found.as_dict(), allow_nan=False))["scores"] == [None, None]
+    text = io.StringIO()
+    predict_files(classifier, [str(file)], Rows(text, "csv", 3, 2))
+    assert pd.read_csv(io.StringIO(text.getvalue())).score_1.isna().all()
+    shown = explain(classifier, file).to_html()
+    assert "Zoom 2<" in shown and "nan" not in shown and "Attention" not in shown
 
 
 def test_stream_holds_little(model):
@@ -304,7 +338,7 @@ def test_a_picture_that_cannot_be_drawn_keeps_its_answer(model, birds, tmp_path,
         def draw(file, *args, **kwargs):
             if file == files[number]: raise error
             return draw_prediction(file, *args, **kwargs)
-        monkeypatch.setattr("fd_focus.use.predict.draw_prediction", draw)
+        monkeypatch.setattr("fd_focus.use.files.draw_prediction", draw)
         for kind in ("jsonl", "csv"):
             text, seen = io.StringIO(), tmp_path / f"{number}{kind}"
             assert predict_files(classifier, files, Rows(text, kind, 3, 4), regions=seen, bs=2) == (4, 1)
@@ -518,7 +552,7 @@ def test_reader_that_goes_away(model, birds):
 @pytest.mark.slow
 def test_ten_thousand_pictures_in_constant_memory(model, birds):
     "Peak memory after 10,000 pictures is that after 1,000, to a few MB, also with kept memory, as the command runs."
-    code = ("import resource, sys, io; from pathlib import Path; from fd_focus.use.predict import *; from fd_focus.training.speed import keep_memory; keep_memory(); c = FocusClassifier.load(sys.argv[1], 'cpu')\n"
+    code = ("import resource, sys, io; from pathlib import Path; from fd_focus.use.predict import *; from fd_focus.use.files import *; from fd_focus.training.speed import keep_memory; keep_memory(); c = FocusClassifier.load(sys.argv[1], 'cpu')\n"
             "files = sorted(map(str, Path(sys.argv[2]).rglob('*.jpg'))); peak = {}\n"
             "class Sink(io.StringIO):\n    def write(self, text): pass\n"
             "for n in (1000, 10000):\n"
