@@ -209,7 +209,8 @@ def _look_again(self: FocusNet, x: Tensor) -> Look:
 @patch
 def look(self: FocusNet, x: Tensor) -> Look:
     "The answer with the regions it rests on; the top m where it rests on none."
-    return self._look_again(x) if self.answer == "adaptive" else self._look(x, self.used, self.used or self.m)
+    if self.answer == "adaptive" and not torch.compiler.is_exporting(): return self._look_again(x)  # a graph cannot
+    return self._look(x, self.used, self.used or self.m)
 
 @patch
 def examine(self: FocusNet, x: Tensor) -> Look:
