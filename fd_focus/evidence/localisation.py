@@ -17,7 +17,7 @@ from ..methods import Look, bare
 from ..regions import propose, region_grid
 from ..training.learner import FocusLearner, look_at
 
-# %% ../../nbs/51_localisation.ipynb #51_localisation_004
+# %% ../../nbs/51_localisation.ipynb #51_localisation_022
 def _inside(points: Tensor, boxes: Tensor) -> Tensor:
     "(B,P,2) points, (B,m,4) boxes -> (B,P,m) bool: is the point in the box (edges belong to it)."
     p, b = points[:, :, None], boxes[:, None]
@@ -73,7 +73,7 @@ def pointing_game(
     boxes = boxes[:, None] if boxes.ndim == 2 else boxes
     return _inside(point[:, None], boxes + boxes.new_tensor([-1, -1, 1, 1]) * tolerance).flatten(1).any(1)
 
-# %% ../../nbs/51_localisation.ipynb #51_localisation_007
+# %% ../../nbs/51_localisation.ipynb #51_localisation_025
 def chance_look(
     look: Look,                  # with boxes (B,k,4)
     size: tuple[int, int],       # height and width of the input they refer to, pixels

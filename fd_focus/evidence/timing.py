@@ -148,7 +148,7 @@ def prediction(net: Method, batch: int) -> Callable:
     def run(): net.eval()(x)
     return run
 
-# %% ../../nbs/54_timing.ipynb #54_timing_030
+# %% ../../nbs/54_timing.ipynb #54_timing_007
 @torch.no_grad()
 def body_inputs(
     net: Method,
@@ -179,7 +179,7 @@ def floor_step(net: Method, batch: int, train: bool = True) -> Callable:
                 net.zero_grad(set_to_none=True)
     return run
 
-# %% ../../nbs/54_timing.ipynb #54_timing_034
+# %% ../../nbs/54_timing.ipynb #54_timing_011
 FOCUS_STAGES = {"attention": "fd_focus.focus.attention_map", "propose": "fd_focus.focus.propose_from_table",
                 "zoom": "fd_focus.focus.zoom"}      # name of a stage -> function as the network's module knows it
 
@@ -232,7 +232,7 @@ def fitting_batch(net: Method, batch: int) -> tuple[int, int]:
         raise MemoryError(f"a step with 2 pictures takes {two / 1e9:.1f} GB, and {free:.1f} GB are free")
     return min(batch, room), each
 
-# %% ../../nbs/54_timing.ipynb #54_timing_040
+# %% ../../nbs/54_timing.ipynb #54_timing_017
 def bench_step(
     arch="resnet50", image_size=448, batch=16, n_classes=200, repeats=3, device="cpu", method="focus",
     named: dict = FOCUS_STAGES,    # functions to time, see `stages`
