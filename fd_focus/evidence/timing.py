@@ -8,7 +8,7 @@ __all__ = ['FOCUS_STAGES', 'available_memory', 'machine', 'Clock', 'take_turns',
            'fitting_batch', 'bench_step', 'bench_prediction', 'numpy_nms', 'numpy_propose', 'torchvision_propose',
            'sliced_zoom', 'bench_naive']
 
-# %% ../../nbs/54_timing.ipynb #85_bench003
+# %% ../../nbs/54_timing.ipynb #54_timing_imports
 import os
 import platform
 import time
