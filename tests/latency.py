@@ -1,8 +1,9 @@
-"""How long an answer takes on this CPU: PyTorch eager and compiled, with batch norm folded and channels last, and ONNX Runtime.
+"""How long an answer takes on this CPU: PyTorch eager and compiled, folded and channels last, and ONNX Runtime.
 
     python tests/latency.py --out results/latency/latency.csv
 
-Run it on a quiet machine. All ways of a model take turns, call by call, so that a machine that slows down slows all of them down.
+Run it on a quiet machine. All ways of a model take turns, call by call, so that a machine that slows down slows all
+of them down.
 """
 import argparse
 import copy
@@ -26,7 +27,11 @@ from fd_focus.use.predict import FocusPipeline, fold_batch_norm
 
 BODIES = {"resnet50": 448, "mobilenet_v2": 224}
 EAGER = [("eager", folded, last) for folded in (False, True) for last in (False, True)]
-WAYS = EAGER + [("compiled", False, False), ("compiled", True, True), ("onnxruntime", False, False)]   # runtime, batch norm folded, channels last
+WAYS = EAGER + [
+    ("compiled", False, False),
+    ("compiled", True, True),
+    ("onnxruntime", False, False),
+]  # runtime, batch norm folded, channels last
 
 
 def make(body: str, size: int, method: str, classes: int):
@@ -34,7 +39,9 @@ def make(body: str, size: int, method: str, classes: int):
     torch.manual_seed(0)
     net = METHODS[method].from_arch(body, classes, pretrained=False, image_size=size).eval()
     for module in net.modules():
-        if isinstance(module, torch.nn.BatchNorm2d): module.running_var.uniform_(.5, 2); module.running_mean.normal_(0, .1)
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_var.uniform_(0.5, 2)
+            module.running_mean.normal_(0, 0.1)
     return net
 
 
@@ -44,7 +51,8 @@ def way(net, runtime: str, folded: bool, last: bool, x, folder: Path):
         run = run_exported(export_model(net, folder / "model.onnx"), torch.get_num_threads())
         return lambda: run(x)["probabilities"]
     pipeline = FocusPipeline(fold_batch_norm(net) if folded else copy.deepcopy(net))
-    if last: pipeline, x = pipeline.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    if last:
+        pipeline, x = pipeline.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
     if runtime == "compiled": pipeline = torch.compile(pipeline, dynamic=False)
     return lambda: pipeline(x)[0]
 
@@ -52,7 +60,7 @@ def way(net, runtime: str, folded: bool, last: bool, x, folder: Path):
 @torch.inference_mode()
 def measure(net, batch: int, seconds: float, ways) -> list[dict]:
     "Rows of all ways for one network and batch; a way that cannot run says why."
-    size, rows, calls = net.image_size, [], {}
+    size, rows, calls, reference = net.image_size, [], {}, None
     x = torch.rand(batch, 3, *size)
     with tempfile.TemporaryDirectory() as folder:
         for runtime, folded, last in ways:
@@ -61,11 +69,12 @@ def measure(net, batch: int, seconds: float, ways) -> list[dict]:
             try:
                 call = way(net, runtime, folded, last, x, Path(folder))
                 out = call()                                          # compiles, allocates
-                row["difference"] = float((out - reference).abs().max()) if rows[:-1] else 0.
-                if not rows[:-1]: reference = out
+                reference = out if reference is None else reference
+                row["difference"] = float((out - reference).abs().max())
                 call()
                 calls[runtime, folded, last] = call
-            except Exception as error: row["status"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+            except Exception as error:
+                row["status"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
         times, end = {key: [] for key in calls}, time.perf_counter() + seconds
         while min(map(len, times.values())) < 3 or time.perf_counter() < end:
             for key, call in calls.items():
@@ -83,22 +92,60 @@ def measure(net, batch: int, seconds: float, ways) -> list[dict]:
 def machine() -> dict:
     try: name = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
     except (OSError, StopIteration): name = platform.processor() or platform.machine()
-    return dict(threads=torch.get_num_threads(), processor=name, load=round(os.getloadavg()[0], 2), torch=version("torch"),
-                onnxruntime=version("onnxruntime"), date=time.strftime("%Y-%m-%d"))
+    return dict(
+        threads=torch.get_num_threads(),
+        processor=name,
+        load=round(os.getloadavg()[0], 2),
+        torch=version("torch"),
+        onnxruntime=version("onnxruntime"),
+        date=time.strftime("%Y-%m-%d"),
+    )
 
 
-COLUMNS = ["body", "image_size", "model", "batch", "runtime", "folded", "channels_last", "median_ms", "low_ms", "high_ms", "images_per_second",
-           "calls", "difference", "threads", "processor", "load", "torch", "onnxruntime", "date", "status"]
+COLUMNS = [
+    "body",
+    "image_size",
+    "model",
+    "batch",
+    "runtime",
+    "folded",
+    "channels_last",
+    "median_ms",
+    "low_ms",
+    "high_ms",
+    "images_per_second",
+    "calls",
+    "difference",
+    "threads",
+    "processor",
+    "load",
+    "torch",
+    "onnxruntime",
+    "date",
+    "status",
+]
 
 
 def main(args=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="results/latency/latency.csv", type=Path, help="CSV to write")
-    parser.add_argument("--seconds", default=60., type=float, help="to measure each model and batch, all ways together; at least three calls each")
+    parser.add_argument(
+        "--seconds",
+        default=60.0,
+        type=float,
+        help="to measure each model and batch, all ways together; at least three calls each",
+    )
     parser.add_argument("--bodies", nargs="+", default=list(BODIES), help="torchvision or timm names, or toy_resnet")
-    parser.add_argument("--image_size", type=int, help="instead of each body's own: 448 for resnet50, 224 for mobilenet_v2")
+    parser.add_argument(
+        "--image_size", type=int, help="instead of each body's own: 448 for resnet50, 224 for mobilenet_v2"
+    )
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
-    parser.add_argument("--runtimes", nargs="+", choices=["eager", "compiled", "onnxruntime"], default=["eager", "compiled", "onnxruntime"])
+    parser.add_argument(
+        "--runtimes",
+        nargs="+",
+        choices=["eager", "compiled", "onnxruntime"],
+        default=["eager", "compiled", "onnxruntime"],
+    )
     parser.add_argument("--classes", type=int, default=200)
     parser.add_argument("--threads", type=int, help="of PyTorch and ONNX Runtime; default: all cores")
     args = parser.parse_args(args)
@@ -110,8 +157,17 @@ def main(args=None):
         net, model = make(body, size, method, args.classes), "fd_focus" if method == "focus" else method
         for row in measure(net, batch, args.seconds, [way for way in WAYS if way[0] in args.runtimes]):
             rows.append(dict(body=body, image_size=size, model=model, batch=batch) | row | about)
-            print(body, size, model, f"batch {batch}:", row["runtime"], "folded" * row["folded"], "channels last" * row["channels_last"],
-                  f"{row['median_ms']} ms" if row["status"] == "ok" else row["status"], flush=True)
+            print(
+                body,
+                size,
+                model,
+                f"batch {batch}:",
+                row["runtime"],
+                "folded" * row["folded"],
+                "channels last" * row["channels_last"],
+                f"{row['median_ms']} ms" if row["status"] == "ok" else row["status"],
+                flush=True,
+            )
         args.out.parent.mkdir(parents=True, exist_ok=True)
         with open(part := args.out.with_suffix(".part"), "w", newline="") as stream:
             writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")

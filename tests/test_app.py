@@ -69,11 +69,19 @@ def page(folder, place):
     "Where `fd_focus_app` listens, started as a user does; ends with Ctrl-C."
     pytest.importorskip("gradio", reason="gradio is not installed: pip install 'fd_focus[app]'")
     script, port, log = place / "app.py", free_port(), place / "app.log"
-    script.write_text("import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)    # a job in the background ignores Ctrl-C\n"
-                      "from fd_focus.use.cli import fd_focus_app\nfd_focus_app()\n")
+    script.write_text(
+        "import signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)    # a job in the background ignores Ctrl-C\n"
+        "from fd_focus.use.cli import fd_focus_app\nfd_focus_app()\n"
+    )
     environment = os.environ | dict(CUDA_VISIBLE_DEVICES="", GRADIO_TEMP_DIR=str(place / "uploads"))
     with open(log, "w") as out:
-        process = subprocess.Popen([sys.executable, script, folder, "--port", str(port), "--max_mb", "1"], stdout=out, stderr=out, env=environment)
+        process = subprocess.Popen(
+            [sys.executable, script, folder, "--port", str(port), "--max_mb", "1"],
+            stdout=out,
+            stderr=out,
+            env=environment,
+        )
     deadline = time.time() + 300
     while "Ctrl-C ends it" not in log.read_text():
         assert process.poll() is None and time.time() < deadline, log.read_text()
@@ -93,8 +101,19 @@ def browser(page, place):
     from selenium.webdriver.chrome.service import Service
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking", "disable-component-update",
-                 "disable-sync", "window-size=1280,1000", f"user-data-dir={place / 'profile'}"): options.add_argument(f"--{flag}")
+    for flag in (
+        "headless=new",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-quic",
+        "no-first-run",
+        "disable-background-networking",
+        "disable-component-update",
+        "disable-sync",
+        "window-size=1280,1000",
+        f"user-data-dir={place / 'profile'}",
+    ):
+        options.add_argument(f"--{flag}")
     driver = webdriver.Chrome(options, Service(DRIVER))
     driver.set_script_timeout(30)
     driver.get(page)
@@ -111,7 +130,9 @@ def wait(browser, condition, what, seconds=30):
             if answer := condition(): return answer
         except StaleElementReferenceException: pass
         time.sleep(.1)
-    raise AssertionError(f"waited in vain for {what}; the page says: {browser.find_element('tag name', 'body').text[:500]}")
+    raise AssertionError(
+        f"waited in vain for {what}; the page says: {browser.find_element('tag name', 'body').text[:500]}"
+    )
 
 
 def find(browser, css): return browser.find_elements("css selector", css)
@@ -121,7 +142,9 @@ def upload(browser, file):
     "Choose a file as a person would, over whatever is shown."
     wait(browser, lambda: find(browser, "#photo input[type=file]"), "the page")
     clear(browser)
-    wait(browser, lambda: find(browser, "#photo input[type=file]"), "the place to drop a picture")[0].send_keys(str(file))
+    wait(browser, lambda: find(browser, "#photo input[type=file]"), "the place to drop a picture")[0].send_keys(
+        str(file)
+    )
 
 
 def clear(browser):
@@ -131,10 +154,15 @@ def clear(browser):
 
 def loaded(browser, css):
     "How many pictures have arrived, have pixels and are shown."
-    return browser.execute_script("return [...document.querySelectorAll(arguments[0])].filter(e => e.complete && e.naturalWidth > 40 && e.offsetWidth > 40).length", css)
+    return browser.execute_script(
+        "return [...document.querySelectorAll(arguments[0])]"
+        ".filter(e => e.complete && e.naturalWidth > 40 && e.offsetWidth > 40).length",
+        css,
+    )
 
 
-def answer(browser): return next((card.get_attribute("data-label") for card in find(browser, "#answer .fd-answer")), None)
+def answer(browser):
+    return next((card.get_attribute("data-label") for card in find(browser, "#answer .fd-answer")), None)
 
 
 def test_a_picture_gets_its_answer(browser, classifier, place):
@@ -165,8 +193,11 @@ def test_a_text_gets_a_friendly_word(browser, place):
 
 
 def test_a_dropped_text_too(browser):
-    browser.execute_script("""const files = new DataTransfer(); files.items.add(new File(["saw a wren"], "dropped.md", {type: "text/markdown"}));
-        document.querySelector("#photo button[aria-label^='Drop an image']").dispatchEvent(new DragEvent("drop", {bubbles: true, cancelable: true, dataTransfer: files}))""")
+    browser.execute_script("""
+        const files = new DataTransfer()
+        files.items.add(new File(["saw a wren"], "dropped.md", {type: "text/markdown"}))
+        const drop = new DragEvent("drop", {bubbles: true, cancelable: true, dataTransfer: files})
+        document.querySelector("#photo button[aria-label^='Drop an image']").dispatchEvent(drop)""")
     wait(browser, lambda: "dropped.md is no picture I can read" in find(browser, "#answer")[0].text, "the message")
 
 
@@ -175,7 +206,11 @@ def test_after_a_bad_file_an_example_works(browser, classifier, folder):
     assert len(examples) == 2
     examples[1].click()
     want = classifier.predict(example_files(folder)[1])
-    wait(browser, lambda: answer(browser) == want.label and loaded(browser, "#answer img") == 2 + len(want.boxes), want.label)
+    wait(
+        browser,
+        lambda: answer(browser) == want.label and loaded(browser, "#answer img") == 2 + len(want.boxes),
+        want.label,
+    )
 
 
 def test_too_large_says_so(browser, place):
@@ -193,8 +228,15 @@ def test_the_page_asks_nobody_else(browser, page):
 def send(page, content):
     "Upload a file without a browser."
     boundary = "x1y2z3"
-    body = f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\nContent-Type: image/png\r\n\r\n'.encode() + content + f"\r\n--{boundary}--\r\n".encode()
-    request = urllib.request.Request(f"{page}/gradio_api/upload", body, {"Content-Type": f"multipart/form-data; boundary={boundary}"})
+    body = (
+        f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n'.encode()
+        + b"Content-Type: image/png\r\n\r\n"
+        + content
+        + f"\r\n--{boundary}--\r\n".encode()
+    )
+    request = urllib.request.Request(
+        f"{page}/gradio_api/upload", body, {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+    )
     return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=20)
 
 
@@ -220,7 +262,7 @@ def asked(page, event, *data):
 
 
 def test_only_uploads_and_examples_are_opened(page, classifier, folder, place):
-    "Every event that takes a photograph, asked for a picture of somebody else, for none, and for things that are no path."
+    "Every event that takes a photograph, asked for somebody else's picture, for none, and for what is no path."
     config = json.load(get(f"{page}/config"))
     photo = next(c["id"] for c in config["components"] if c["props"].get("elem_id") == "photo")
     events = [event["id"] for event in config["dependencies"] if event["inputs"] == [photo]]
@@ -232,30 +274,58 @@ def test_only_uploads_and_examples_are_opened(page, classifier, folder, place):
     names = [str(secret), f"{secret}.gone", f"{place}/uploads/../secret.jpg", f"{place}/uploads/link.jpg", "/", ""]
     for event in events:
         answers = [asked(page, event, dict(path=name)) for name in names] + [asked(page, event, dict(url="x"))]
-        assert all("did not arrive" in (said := json.dumps(answer)) and "secret" not in said and "base64" not in said for answer in answers), answers
+        assert all(
+            "did not arrive" in (said := json.dumps(answer)) and "secret" not in said and "base64" not in said
+            for answer in answers
+        ), answers
         assert {answer["data"][0] for answer in answers} == {answers[0]["data"][0]}
-    sent = dict(path=json.load(send(page, secret.read_bytes()))[0], orig_name="a.png", meta={"_type": "gradio.FileData"})
+    sent = dict(
+        path=json.load(send(page, secret.read_bytes()))[0], orig_name="a.png", meta={"_type": "gradio.FileData"}
+    )
     assert f'data-label="{classifier.predict(secret).label}"' in asked(page, events[0], sent)["data"][0]
-    click = next(event["id"] for event in config["dependencies"] if event["inputs"] != [photo] and photo in event["outputs"])
+    click = next(
+        event["id"] for event in config["dependencies"] if event["inputs"] != [photo] and photo in event["outputs"]
+    )
     shown = asked(page, click, 1)["data"][0]["value"]
-    assert f'data-label="{classifier.predict(example_files(folder)[1]).label}"' in asked(page, events[-1], shown)["data"][0]
+    assert (
+        f'data-label="{classifier.predict(example_files(folder)[1]).label}"'
+        in asked(page, events[-1], shown)["data"][0]
+    )
 
 
 def test_it_listens_on_this_machine_alone(page):
     if not Path("/proc/net/tcp").is_file(): pytest.skip("no /proc/net/tcp to look at")
     port = f"{int(page.rsplit(':')[-1]):04X}"
-    rows = [line.split() for file in ("tcp", "tcp6") if Path(f"/proc/net/{file}").is_file() for line in Path(f"/proc/net/{file}").read_text().splitlines()[1:]]
+    rows = [
+        line.split()
+        for file in ("tcp", "tcp6")
+        if Path(f"/proc/net/{file}").is_file()
+        for line in Path(f"/proc/net/{file}").read_text().splitlines()[1:]
+    ]
     assert [row[1] for row in rows if row[3] == "0A" and row[1].endswith(f":{port}")] == [f"0100007F:{port}"]
 
 
-@pytest.mark.parametrize("make", [
-    lambda i: i.convert("L"), lambda i: i.convert("RGBA"), lambda i: i.convert("P"), lambda i: i.resize((3000, 40)), lambda i: i.resize((1, 1)),
-    lambda i: Image.fromarray((np.asarray(i.convert("L")).astype(np.uint16) * 257))], ids=["grey", "alpha", "palette", "long", "dot", "16 bit"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda i: i.convert("L"),
+        lambda i: i.convert("RGBA"),
+        lambda i: i.convert("P"),
+        lambda i: i.resize((3000, 40)),
+        lambda i: i.resize((1, 1)),
+        lambda i: Image.fromarray((np.asarray(i.convert("L")).astype(np.uint16) * 257)),
+    ],
+    ids=["grey", "alpha", "palette", "long", "dot", "16 bit"],
+)
 def test_any_picture(classifier, tmp_path, make):
     make(bird()).save(tmp_path / "x.png")
     card, found = attempt(classifier, tmp_path / "x.png", "x.png")
     assert found.prediction.label in card
-    assert found.regions.size == found.attention.size and max(found.regions.size) == 640 and len(found.zooms) == len(found.prediction.boxes)
+    assert (
+        found.regions.size == found.attention.size
+        and max(found.regions.size) == 640
+        and len(found.zooms) == len(found.prediction.boxes)
+    )
 
 
 def test_a_turned_photograph_is_upright(classifier, tmp_path):
@@ -293,7 +363,15 @@ def test_widget(classifier, tmp_path):
     bird().save(tmp_path / "x.png")
     widget = focus_widget(classifier, max_mb=.5)
     def choose(name, content):
-        widget.children[0].value = [dict(name=name, type="", size=len(content), content=memoryview(content), last_modified=datetime.now(timezone.utc))]
+        widget.children[0].value = [
+            dict(
+                name=name,
+                type="",
+                size=len(content),
+                content=memoryview(content),
+                last_modified=datetime.now(timezone.utc),
+            )
+        ]
         return widget.children[1].outputs[0]["data"]["text/html"]
     shown = choose("x.png", (tmp_path / "x.png").read_bytes())
     want = explain(classifier, tmp_path / "x.png")
@@ -305,7 +383,8 @@ def test_widget(classifier, tmp_path):
 def test_without_the_extra(classifier, folder, monkeypatch):
     for name, work in (("gradio", lambda: build_app(classifier)), ("ipywidgets", lambda: focus_widget(classifier))):
         monkeypatch.setitem(sys.modules, name, None)
-        with pytest.raises(ModuleNotFoundError, match=rf"{name} is not installed: pip install 'fd_focus\[app\]'"): work()
+        with pytest.raises(ModuleNotFoundError, match=rf"{name} is not installed: pip install 'fd_focus\[app\]'"):
+            work()
     with pytest.raises(SystemExit, match="gradio is not installed"): fd_focus_app(str(folder), device="cpu")
 
 
@@ -318,23 +397,33 @@ def test_command_errors(folder, tmp_path):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(SystemExit, match=f"cannot listen on 127.0.0.1, port {port}"): fd_focus_app(str(folder), port=port, device="cpu")
+        with pytest.raises(SystemExit, match=f"cannot listen on 127.0.0.1, port {port}"):
+            fd_focus_app(str(folder), port=port, device="cpu")
 
 
 def test_how_sure_is_said(classifier, folder):
     "Sure, not sure, never sure; and on which pictures that was found out."
     found = explain(classifier, bird())
-    says = lambda sure, threshold, **kwargs: replace(found, prediction=replace(found.prediction, sure=sure), threshold=threshold, **kwargs).sentence()
+    says = lambda sure, threshold, **kwargs: replace(
+        found, prediction=replace(found.prediction, sure=sure), threshold=threshold, **kwargs
+    ).sentence()
     assert "counts as sure from 50 % on, a limit chosen on validation pictures" in says(True, .5)
     assert "counts as sure only from 50 % on, a limit chosen on test pictures" in says(False, .5, judges="test")
-    assert "On test pictures no limit made this model's answers good enough" in says(False, 2., judges="test") and "> 99" not in says(False, 2.)
-    for one in (says(True, 1.), says(False, 1.)): assert "from > 99 % on" in one and "no limit" not in one      # the value of old folders: a limit like any other
+    assert "On test pictures no limit made this model's answers good enough" in says(
+        False, 2.0, judges="test"
+    ) and "> 99" not in says(False, 2.0)
+    for one in (says(True, 1.0), says(False, 1.0)):
+        assert "from > 99 % on" in one and "no limit" not in one  # the value of old folders: a limit like any other
     net = load_focus(folder)
     net.about |= dict(threshold=2., judged_by="test")
     never = FocusClassifier(net, "cpu")
     assert explain(never, bird()).verdict == "doubt" and "On test pictures no limit" in explain(never, bird()).card()
-    assert "| accuracy on test pictures | 50.0 % |" in about(never) and "| sure from | never: no limit was good enough |" in about(never)
-    assert "| accuracy on validation pictures | 50.0 % |" in about(classifier) and "| sure from | 35.0 % |" in about(classifier)
+    assert "| accuracy on test pictures | 50.0 % |" in about(
+        never
+    ) and "| sure from | never: no limit was good enough |" in about(never)
+    assert "| accuracy on validation pictures | 50.0 % |" in about(classifier) and "| sure from | 35.0 % |" in about(
+        classifier
+    )
 
 
 @pytest.mark.parametrize("size", [(4000, 3000), (1500, 6000)])
@@ -342,8 +431,16 @@ def test_a_large_photograph_is_explained(classifier, tmp_path, monkeypatch, size
     "Of more pixels than PIL decodes: none of the drawings needs them all, and none differs."
     bird().resize(size, Image.Resampling.BICUBIC).save(tmp_path / "x.jpg")
     # Fixed regions: the body is not trained, and which of two near ties it prefers depends on the CPU.
-    predict, boxes = FocusClassifier.predict, torch.tensor([[.45, .63, .75, .93], [.23, .63, .53, .93], [.05, .23, .35, .53], [.05, .45, .35, .75]]) * torch.tensor(size * 2)
-    monkeypatch.setattr(FocusClassifier, "predict", lambda *args, **kwargs: replace(predict(*args, **kwargs), boxes=boxes))
+    predict, boxes = (
+        FocusClassifier.predict,
+        torch.tensor(
+            [[0.45, 0.63, 0.75, 0.93], [0.23, 0.63, 0.53, 0.93], [0.05, 0.23, 0.35, 0.53], [0.05, 0.45, 0.35, 0.75]]
+        )
+        * torch.tensor(size * 2),
+    )
+    monkeypatch.setattr(
+        FocusClassifier, "predict", lambda *args, **kwargs: replace(predict(*args, **kwargs), boxes=boxes)
+    )
     whole, prediction = Image.open(tmp_path / "x.jpg").convert("RGB"), classifier.predict(tmp_path / "x.jpg")
     image, moved = fit(whole, prediction)
     want = [draw_prediction(image, moved), draw_heat(image, moved), *cut_zooms(whole, prediction)]
@@ -352,7 +449,10 @@ def test_a_large_photograph_is_explained(classifier, tmp_path, monkeypatch, size
     assert found.prediction.label in card and found.prediction.size == size[::-1]
     have = [found.regions, found.attention, *found.zooms]
     assert [picture.size for picture in have] == [picture.size for picture in want]
-    for ours, theirs in zip(have, want): assert np.abs(np.asarray(ours, float) - np.asarray(theirs)).mean() < 2      # of 255: two ways to make a picture smaller
+    for ours, theirs in zip(have, want):
+        assert (
+            np.abs(np.asarray(ours, float) - np.asarray(theirs)).mean() < 2
+        )  # of 255: two ways to make a picture smaller
 
 
 def test_fit_keeps_proportions(classifier):

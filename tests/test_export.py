@@ -45,8 +45,21 @@ def agrees(net, file, **kwargs):
     return parity
 
 
-CASES = [dict(answer="ensemble", fusion="mean", crop_norm="separate"), dict(attention="single", l=3), dict(method="plain"), dict(answer="adaptive"),
-         *(pytest.param(case, marks=pytest.mark.slow) for case in (dict(), dict(fusion="mean", hybrid=False), dict(l=0, m=5, sigma=0.), dict(method="random_regions")))]
+CASES = [
+    dict(answer="ensemble", fusion="mean", crop_norm="separate"),
+    dict(attention="single", l=3),
+    dict(method="plain"),
+    dict(answer="adaptive"),
+    *(
+        pytest.param(case, marks=pytest.mark.slow)
+        for case in (
+            dict(),
+            dict(fusion="mean", hybrid=False),
+            dict(l=0, m=5, sigma=0.0),
+            dict(method="random_regions"),
+        )
+    ),
+]
 
 
 @pytest.mark.parametrize("kwargs", CASES, ids=str)
@@ -58,18 +71,39 @@ def test_onnx_of_every_kind_of_net(dls, tmp_path, kwargs):
     import onnx
     model = onnx.load(file)
     onnx.checker.check_model(model)
-    outputs = ["probabilities"] if "method" in kwargs and kwargs["method"] == "plain" else ["probabilities", "boxes", "scores", "attention"]
+    outputs = (
+        ["probabilities"]
+        if "method" in kwargs and kwargs["method"] == "plain"
+        else ["probabilities", "boxes", "scores", "attention"]
+    )
     assert [i.name for i in model.graph.input] == ["image"] and [o.name for o in model.graph.output] == outputs
-    assert not model.functions and {node.domain for node in model.graph.node} == {""}      # nothing but ONNX's own operators
-    assert all(dims.dim[0].dim_param for dims in [model.graph.input[0].type.tensor_type.shape, model.graph.output[0].type.tensor_type.shape])
+    assert not model.functions and {node.domain for node in model.graph.node} == {
+        ""
+    }  # nothing but ONNX's own operators
+    assert all(
+        dims.dim[0].dim_param
+        for dims in [model.graph.input[0].type.tensor_type.shape, model.graph.output[0].type.tensor_type.shape]
+    )
     about = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
-    assert about["classes"] == net.classes and (about["input_size"], about["resize"], about["squash"], about["min_side"]) == ([64, 64], [64, 64], True, 64)
+    assert about["classes"] == net.classes and (
+        about["input_size"],
+        about["resize"],
+        about["squash"],
+        about["min_side"],
+    ) == ([64, 64], [64, 64], True, 64)
     assert {p.name for p in tmp_path.iterdir()} == {"model", "model.onnx"}                 # one file, weights inside
 
 
-@pytest.mark.parametrize("arch,fusion", [("resnet18", "mean"), pytest.param("mobilenet_v2", "concat", marks=pytest.mark.slow),
-                                         pytest.param("convnext_tiny", "concat", marks=pytest.mark.slow),
-                                         pytest.param("efficientnet_b0", "concat", marks=pytest.mark.slow), pytest.param("mobilenetv3_small_050", "concat", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "arch,fusion",
+    [
+        ("resnet18", "mean"),
+        pytest.param("mobilenet_v2", "concat", marks=pytest.mark.slow),
+        pytest.param("convnext_tiny", "concat", marks=pytest.mark.slow),
+        pytest.param("efficientnet_b0", "concat", marks=pytest.mark.slow),
+        pytest.param("mobilenetv3_small_050", "concat", marks=pytest.mark.slow),
+    ],
+)
 def test_onnx_of_real_bodies(tmp_path, arch, fusion):
     dls = FocusDataLoaders.from_toy(2, 1, image_size=96, n_classes=3, bs=2)
     net = loaded(dls, tmp_path, arch, fusion=fusion, answer="ensemble")
@@ -80,10 +114,14 @@ def test_onnx_with_photographs(data, tmp_path):
     "A MobileNetV2 with ImageNet weights at 224 on 64 photographs of cars."
     files = sorted((data / "cars_sedan33").rglob("*.jpg"))[::22][:64]
     dls = FocusDataLoaders.from_toy(2, 1, image_size=224, n_classes=3, bs=2)
-    learn = learner(dls, arch="mobilenet_v2", weights=data / "weights" / "mobilenet_v2_imagenet_features.pth", settle=False)
+    learn = learner(
+        dls, arch="mobilenet_v2", weights=data / "weights" / "mobilenet_v2_imagenet_features.pth", settle=False
+    )
     net = load_focus(save_focus(learn, tmp_path / "model"))
     classifier = FocusClassifier(net, "cpu")
-    parity = agrees(net, export_model(net, tmp_path / "model.onnx"), images=torch.stack([classifier.pixels(file) for file in files]))
+    parity = agrees(
+        net, export_model(net, tmp_path / "model.onnx"), images=torch.stack([classifier.pixels(file) for file in files])
+    )
     assert parity.images == 64 and parity.same_class == 64
 
 
@@ -103,29 +141,51 @@ def test_input_larger_than_the_first_look(tmp_path):
     run = run_exported(export_model(net, tmp_path / "model.onnx"))
     assert check_parity(net, run).ok
     x = toy_images((96, 96), 2)
-    with torch.no_grad(): want = (net((x - torch.tensor(net.stats[0])[:, None, None]) / torch.tensor(net.stats[1])[:, None, None]) / 2.5).softmax(-1)
+    with torch.no_grad():
+        want = (
+            net((x - torch.tensor(net.stats[0])[:, None, None]) / torch.tensor(net.stats[1])[:, None, None]) / 2.5
+        ).softmax(-1)
     assert torch.allclose(run(x)["probabilities"], want, atol=1e-4) and run(x)["boxes"].max() > 64
 
 
-@pytest.mark.parametrize("prepared", [dict(), dict(squash=False, resize=[80, 72]), dict(min_side=None), dict(squash=False, input_size=[64, 64], resize=[65, 90], min_side=90)], ids=str)
+@pytest.mark.parametrize(
+    "prepared",
+    [
+        dict(),
+        dict(squash=False, resize=[80, 72]),
+        dict(min_side=None),
+        dict(squash=False, input_size=[64, 64], resize=[65, 90], min_side=90),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("size,orientation", [((640, 410), 1), ((300, 777), 6), ((50, 70), 3)])
 def test_without_this_library(saved, tmp_path, prepared, size, orientation):
     "The program that the notebook shows needs PIL, NumPy and ONNX Runtime alone, and answers as the library does."
     pytest.importorskip("onnxruntime")
     cells = json.loads((Path(__file__).parents[1] / "nbs" / "64_export.ipynb").read_text(encoding="utf-8"))["cells"]
-    program = next("".join(cell["source"]) for cell in cells if "def answer(graph, file)" in "".join(cell["source"])).split("photograph = ")[0]
+    program = next(
+        "".join(cell["source"]) for cell in cells if "def answer(graph, file)" in "".join(cell["source"])
+    ).split("photograph = ")[0]
     assert "torch" not in program and "fd_focus" not in program
     shown = dict(json=json, np=np)
     exec(program, shown)
     y, x = np.mgrid[0:size[1], 0:size[0]]
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.fromarray(np.stack([x * 255 / size[0], y * 255 / size[1], 128 + 90 * np.sin(x / 40) * np.cos(y / 30)], -1).astype(np.uint8)).save(tmp_path / "x.jpg", exif=exif)
+    Image.fromarray(
+        np.stack([x * 255 / size[0], y * 255 / size[1], 128 + 90 * np.sin(x / 40) * np.cos(y / 30)], -1).astype(
+            np.uint8
+        )
+    ).save(tmp_path / "x.jpg", exif=exif)
     net = load_focus(saved)
     net.about |= prepared
     label, probability, boxes = shown["answer"](export_model(net, tmp_path / "x.onnx"), tmp_path / "x.jpg")
     want = FocusClassifier(net, "cpu").predict(tmp_path / "x.jpg")
-    assert label == want.label and abs(probability - want.probability) < 2e-3 and np.abs(boxes - want.boxes.numpy()).max() < .01
+    assert (
+        label == want.label
+        and abs(probability - want.probability) < 2e-3
+        and np.abs(boxes - want.boxes.numpy()).max() < 0.01
+    )
 
 
 def test_parity_fails_where_it_should(dls, tmp_path):
@@ -134,7 +194,9 @@ def test_parity_fails_where_it_should(dls, tmp_path):
     def run(image):
         with torch.no_grad(): return dict(zip(pipeline.outputs, pipeline(image)))
     birds = toy_images((64, 64), 8)
-    def differ(name, change): return check_parity(net, lambda image: (found := run(image)) | {name: change(found[name])}, birds)
+
+    def differ(name, change):
+        return check_parity(net, lambda image: (found := run(image)) | {name: change(found[name])}, birds)
     assert check_parity(net, run).ok
     assert not differ("probabilities", lambda p: p + torch.tensor([2e-4, -2e-4, 0])).ok
     assert not differ("probabilities", lambda p: p.roll(1, 1)).ok
@@ -146,14 +208,16 @@ def test_parity_fails_where_it_should(dls, tmp_path):
 
 
 def test_ties_are_told_from_errors(dls, tmp_path):
-    "On one colour the attention is the same at many cells but for rounding: any of them may be first, but a place off the grid may not."
+    "On one colour many cells have the same attention but for rounding: any may be first, but no place off the grid."
     net = loaded(dls, tmp_path, l=1, m=1, sigma=0.)
     pipeline = FocusPipeline(net)
     image = torch.full((1, 3, 64, 64), .5)
     with torch.no_grad():
         probabilities, boxes, scores, attention = pipeline(image)
         noisy = pipeline(image + 1e-5 * torch.randn(64, 3, 64, 64))[1][:, 0]
-    answer = lambda box: (lambda x: dict(probabilities=probabilities, boxes=box, scores=scores, attention=attention))    # noqa: E731
+    def answer(box):
+        return lambda x: dict(probabilities=probabilities, boxes=box, scores=scores, attention=attention)
+
     others = noisy[(noisy - boxes[0, 0]).abs().amax(1) > 1]
     if len(others):
         parity = check_parity(net, answer(others[:1][None]), image)
@@ -166,42 +230,64 @@ def test_ties_are_told_from_errors(dls, tmp_path):
 def test_what_cannot_be_exported(dls, tmp_path, monkeypatch):
     net = loaded(dls, tmp_path)
     monkeypatch.setattr(Method, "deterministic", False)
-    with pytest.raises(ValueError, match="the method 'focus' answers differently each time"): export_model(net, tmp_path / "model.onnx")
+    with pytest.raises(ValueError, match="the method 'focus' answers differently each time"):
+        export_model(net, tmp_path / "model.onnx")
     monkeypatch.undo()
     net = loaded(dls, tmp_path)
-    with pytest.raises(ValueError, match="format='tflite'; use 'onnx' or 'torch-export'"): export_model(net, tmp_path / "model.tflite", "tflite")
+    with pytest.raises(ValueError, match="format='tflite'; use 'onnx' or 'torch-export'"):
+        export_model(net, tmp_path / "model.tflite", "tflite")
     for opset in (11, 99):
-        with pytest.raises(ValueError, match=f"opset={opset} cannot be had: the exporter wrote version 18; use opset=18"): export_model(net, tmp_path / "model.onnx", opset=opset)
+        with pytest.raises(
+            ValueError, match=f"opset={opset} cannot be had: the exporter wrote version 18; use opset=18"
+        ):
+            export_model(net, tmp_path / "model.onnx", opset=opset)
         assert {p.name for p in tmp_path.iterdir()} == {"model"}
     for name in ("onnx", "onnxscript"):
         with monkeypatch.context() as patched:
             patched.setitem(sys.modules, name, None)
-            with pytest.raises(ValueError, match="pip install 'fd_focus.export.'"): export_model(net, tmp_path / "model.onnx")
+            with pytest.raises(ValueError, match="pip install 'fd_focus.export.'"):
+                export_model(net, tmp_path / "model.onnx")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     (tmp_path / "model.onnx").write_bytes(b"")
-    with pytest.raises(ValueError, match="running an ONNX file needs onnxruntime"): run_exported(tmp_path / "model.onnx")
+    with pytest.raises(ValueError, match="running an ONNX file needs onnxruntime"):
+        run_exported(tmp_path / "model.onnx")
 
 
 # Faster answers
 
-@pytest.mark.parametrize("arch,left,kwargs", [("toy_resnet", 0, {}), ("toy_resnet", 0, dict(crop_norm="separate")),
-    pytest.param("mobilenet_v2", 0, {}, marks=pytest.mark.slow), pytest.param("densenet121", 62, dict(crop_norm="separate"), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "arch,left,kwargs",
+    [
+        ("toy_resnet", 0, {}),
+        ("toy_resnet", 0, dict(crop_norm="separate")),
+        pytest.param("mobilenet_v2", 0, {}, marks=pytest.mark.slow),
+        pytest.param("densenet121", 62, dict(crop_norm="separate"), marks=pytest.mark.slow),
+    ],
+)
 def test_folding_changes_no_answer(tmp_path, arch, left, kwargs):
-    "Where a batch norm follows a convolution it is folded, for crops with statistics of their own too; DenseNet's come before theirs and stay."
+    "Batch norms that follow a convolution are folded, also in the body for crops; DenseNet's come before theirs."
     torch.manual_seed(0)
     net = shaken(METHODS["focus"].from_arch(arch, 3, pretrained=False, image_size=96, m=4, l=2, **kwargs))
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     folded, x = fold_batch_norm(net), torch.rand(2, 3, 96, 96)
     count = lambda net: sum(isinstance(module, torch.nn.BatchNorm2d) for module in net.modules())
-    assert count(net) > count(folded.body) == left and (count(folded.crop_body) == left if "crop_norm" in kwargs else folded.crop_body is None)
+    assert count(net) > count(folded.body) == left and (
+        count(folded.crop_body) == left if "crop_norm" in kwargs else folded.crop_body is None
+    )
     with torch.no_grad(): ours, theirs = net.look(x), folded.look(x)
-    assert torch.allclose(ours.answer.softmax(1), theirs.answer.softmax(1), atol=1e-4) and torch.equal(ours.boxes, theirs.boxes)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())     # the original is as it was
+    assert torch.allclose(ours.answer.softmax(1), theirs.answer.softmax(1), atol=1e-4) and torch.equal(
+        ours.boxes, theirs.boxes
+    )
+    assert all(
+        torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items()
+    )  # the original is as it was
 
 
 def test_folding_leaves_what_it_cannot_trace():
     class Odd(torch.nn.Module):
-        def __init__(self): super().__init__(); self.conv, self.norm = torch.nn.Conv2d(3, 8, 3, 4), torch.nn.BatchNorm2d(8)
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = torch.nn.Conv2d(3, 8, 3, 4), torch.nn.BatchNorm2d(8)
         def forward(self, x): return self.norm(self.conv(x)) if float(x.mean()) > -1e9 else x
     net = fold_batch_norm(METHODS["focus"](Odd(), 3, image_size=64))
     assert isinstance(net.body, Odd) and net(torch.rand(1, 3, 64, 64)).shape == (1, 3)
@@ -212,8 +298,13 @@ def test_folding_leaves_what_it_cannot_trace():
 def test_command(saved, data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     fd_focus_export(model=str(saved))
-    assert "model.onnx: " in (told := capsys.readouterr().out) and "64 pictures: 64 with the same class, 64 with the same boxes" in told
-    fd_focus_export(model=str(saved), format="torch-export", out="deep/birds.pt2", images=[str(data / "cars_sedan33")], n=3)
+    assert (
+        "model.onnx: " in (told := capsys.readouterr().out)
+        and "64 pictures: 64 with the same class, 64 with the same boxes" in told
+    )
+    fd_focus_export(
+        model=str(saved), format="torch-export", out="deep/birds.pt2", images=[str(data / "cars_sedan33")], n=3
+    )
     assert "3 pictures: 3 with the same class" in capsys.readouterr().out
     assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")} == {"model.onnx", "deep", "deep/birds.pt2"}
     def message(**kwargs):
@@ -229,7 +320,9 @@ def test_command(saved, data, tmp_path, monkeypatch, capsys):
 
 def test_command_reads_a_list(saved, data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{file}\n" for file in sorted((data / "cars_sedan33").rglob("*.jpg"))[:3])))
+    monkeypatch.setattr(
+        sys, "stdin", io.StringIO("".join(f"{file}\n" for file in sorted((data / "cars_sedan33").rglob("*.jpg"))[:3]))
+    )
     fd_focus_export(model=str(saved), images=["-"], n=2)
     assert "2 pictures: 2 with the same class" in capsys.readouterr().out
 
@@ -242,6 +335,16 @@ def test_command_without_pictures(saved, tmp_path, monkeypatch):
 
 
 def test_command_keeps_no_graph_that_differs(saved, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "run_exported", lambda file: (lambda image, run=run_exported(file): (out := run(image)) | dict(probabilities=out["probabilities"].roll(1, 1))))
+    monkeypatch.setattr(
+        export,
+        "run_exported",
+        lambda file: (
+            lambda image, run=run_exported(file): (
+                (out := run(image)) | dict(probabilities=out["probabilities"].roll(1, 1))
+            )
+        ),
+    )
     with pytest.raises(SystemExit) as end: fd_focus_export(model=str(saved), out=str(tmp_path / "model.onnx"), n=4)
-    assert "does not answer as PyTorch does: 4 pictures: 0 with the same class" in end.value.code and not list(tmp_path.iterdir())
+    assert "does not answer as PyTorch does: 4 pictures: 0 with the same class" in end.value.code and not list(
+        tmp_path.iterdir()
+    )

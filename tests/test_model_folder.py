@@ -1,6 +1,4 @@
 "Model folders: nothing is lost, nothing runs, and what is wrong is named."
-import copy
-import inspect
 import io
 import json
 import pickle
@@ -49,24 +47,41 @@ def change(folder, drop=(), options=None, **values):
     (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in drop}))
 
 
-OTHER = dict(region_size=30, zoom_size=40, m=8, l=2, iou_threshold=.5, sigma=0., attention="single", fusion="mean", hybrid=False,
-             crop_norm="separate", answer="ensemble", look_again_below=.5)
+OTHER = dict(
+    region_size=30,
+    zoom_size=40,
+    m=8,
+    l=2,
+    iou_threshold=0.5,
+    sigma=0.0,
+    attention="single",
+    fusion="mean",
+    hybrid=False,
+    crop_norm="separate",
+    answer="ensemble",
+    look_again_below=0.5,
+)
 
 
 def test_every_argument_survives(dls, tmp_path):
     "One model a value away from every default, and both models answer alike, bit for bit, after loading."
-    assert set(method_options(METHODS["focus"])) == set(OTHER) | {"image_size"}, "a new argument of FocusNet: give it a value here"
+    assert set(method_options(METHODS["focus"])) == set(OTHER) | {"image_size"}, (
+        "a new argument of FocusNet: give it a value here"
+    )
     x = torch.rand(2, 3, 64, 64)
     for kwargs in ({name: value} for name, value in OTHER.items()):
         learn = learner(dls, **kwargs)
         net = load_focus(save_focus(learn, tmp_path / next(iter(kwargs))))
-        for name, value in kwargs.items(): assert net.config()[name] == ([value] * 2 if name.endswith("_size") else value)
+        for name, value in kwargs.items():
+            assert net.config()[name] == ([value] * 2 if name.endswith("_size") else value)
         with torch.no_grad(): assert torch.equal(net(x), learn.model(x))
     net = load_focus(save_focus(learner(dls, **OTHER), tmp_path / "all"))
     assert not net.training and net.hybrid_head is None and net.suppresses.shape == (16, 16) and net.grid[0, 2] == 30
 
 
-@pytest.mark.parametrize("kwargs", [dict(m=4, l=2), dict(m=4, l=2, crop_norm="separate"), dict(method="plain")], ids=str)
+@pytest.mark.parametrize(
+    "kwargs", [dict(m=4, l=2), dict(m=4, l=2, crop_norm="separate"), dict(method="plain")], ids=str
+)
 def test_bit_for_bit(dls, tmp_path, kwargs):
     learn = learner(dls, **kwargs)
     net, x = load_focus(save_focus(learn, tmp_path / "model")), torch.rand(2, 3, 64, 64)
@@ -74,7 +89,10 @@ def test_bit_for_bit(dls, tmp_path, kwargs):
     for name, tensor in learn.model.state_dict().items(): assert torch.equal(net.state_dict()[name], tensor), name
     with torch.no_grad(): assert torch.equal(net(x), learn.model(x))
     if "crop_norm" in kwargs:
-        assert net.crop_body.conv1.weight is net.body.conv1.weight and net.crop_body.bn1.running_mean is not net.body.bn1.running_mean
+        assert (
+            net.crop_body.conv1.weight is net.body.conv1.weight
+            and net.crop_body.bn1.running_mean is not net.body.bn1.running_mean
+        )
 
 
 class Wrapped(nn.parallel.DistributedDataParallel):
@@ -84,7 +102,11 @@ class Wrapped(nn.parallel.DistributedDataParallel):
         self.module = module
 
 
-@pytest.mark.parametrize("wrap", [torch.compile, Wrapped, lambda net: Wrapped(torch.compile(net)), nn.DataParallel], ids=["compiled", "ddp", "both", "dp"])
+@pytest.mark.parametrize(
+    "wrap",
+    [torch.compile, Wrapped, lambda net: Wrapped(torch.compile(net)), nn.DataParallel],
+    ids=["compiled", "ddp", "both", "dp"],
+)
 def test_wrapped_networks_are_unwrapped(dls, tmp_path, wrap):
     learn, x = learner(dls, m=4, l=2), torch.rand(2, 3, 64, 64)
     with torch.no_grad(): want = learn.model(x)
@@ -124,7 +146,11 @@ def test_a_body_of_ones_own(dls, tmp_path):
     learn, x = learner(dls, arch=toy_resnet((8, 16))), torch.rand(2, 3, 64, 64)
     for name in ("my own body", None):
         with pytest.warns(UserWarning, match="will need its code"): folder = save_focus(learn, tmp_path / "own", name)
-        with pytest.raises(ValueError, match=f"config.json: {name or 'Sequential'} is a body of its author's own: load_focus.folder, body="): load_focus(folder)
+        with pytest.raises(
+            ValueError,
+            match=f"config.json: {name or 'Sequential'} is a body of its author's own: load_focus.folder, body=",
+        ):
+            load_focus(folder)
         net = load_focus(folder, body=toy_resnet((8, 16)))
         with torch.no_grad(): assert net.n_features == 16 and torch.equal(net(x), learn.model(x))
     with pytest.raises(ValueError, match="does not fit its config.json"): load_focus(folder, body=toy_resnet((8, 20)))
@@ -142,7 +168,8 @@ class Mine(Method):
 
 def test_a_method_of_ones_own(dls, tmp_path, monkeypatch):
     "It goes by its name, and nothing is imported to find it."
-    with pytest.raises(ValueError, match="Mine has no name by which it could be built again: register"): save_focus(learner(dls, method=Mine), tmp_path / "none")
+    with pytest.raises(ValueError, match="Mine has no name by which it could be built again: register"):
+        save_focus(learner(dls, method=Mine), tmp_path / "none")
     assert not (tmp_path / "none").exists()
     monkeypatch.setattr(METHODS, "places", dict(METHODS.places))
     register("mine", Mine)
@@ -154,7 +181,11 @@ def test_a_method_of_ones_own(dls, tmp_path, monkeypatch):
     change(folder, options=dict(power="strong"))
     with pytest.raises(ValueError, match="power is 'strong', but should be int or float"): load_focus(folder)
     monkeypatch.delitem(METHODS.places, "mine")
-    with pytest.raises(ValueError, match="config.json: its method 'mine' is none of plain, focus.*: import the module that registers it"): load_focus(folder)
+    with pytest.raises(
+        ValueError,
+        match="config.json: its method 'mine' is none of plain, focus.*: import the module that registers it",
+    ):
+        load_focus(folder)
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("evil", "evil:Mine", "fd_focus.methods:PlainNet"):
@@ -171,7 +202,12 @@ def test_arguments_of_an_architecture(tmp_path):
     folder = save_focus(learn, tmp_path / "model")
     assert json.loads((folder / "config.json").read_text())["arch_kwargs"] == dict(output_stride=16)
     with torch.no_grad(): assert torch.equal(load_focus(folder)(x), learn.model.eval()(x))
-    for kwargs in (dict(checkpoint_path="x.pth"), dict(pretrained_cfg={}), dict(weights="x.pth"), dict(pretrained=True)):
+    for kwargs in (
+        dict(checkpoint_path="x.pth"),
+        dict(pretrained_cfg={}),
+        dict(weights="x.pth"),
+        dict(pretrained=True),
+    ):
         change(folder, arch_kwargs=kwargs)
         with pytest.raises(ValueError, match="arch_kwargs is .*none may name a file of weights"): load_focus(folder)
     change(folder, arch_kwargs=dict(telescope=3))
@@ -180,8 +216,25 @@ def test_arguments_of_an_architecture(tmp_path):
 
 def test_what_the_config_holds(dls, saved, tmp_path):
     config = json.loads((saved / "config.json").read_text())
-    assert {"method", "arch", "cut", "arch_kwargs", "classes", "image_size", "options", "input_size", "mean", "std", "versions", "metrics"} <= set(config)
-    assert "temperature" not in config and config["metrics"] == dict(accuracy=.875) and {"torch", "fd_focus"} <= set(config["versions"])
+    assert {
+        "method",
+        "arch",
+        "cut",
+        "arch_kwargs",
+        "classes",
+        "image_size",
+        "options",
+        "input_size",
+        "mean",
+        "std",
+        "versions",
+        "metrics",
+    } <= set(config)
+    assert (
+        "temperature" not in config
+        and config["metrics"] == dict(accuracy=0.875)
+        and {"torch", "fd_focus"} <= set(config["versions"])
+    )
     assert config["mean"] == [.485, .456, .406] and config["options"]["region_size"] == [22, 22]
     assert {p.name for p in saved.iterdir()} == {"config.json", "model.safetensors", "README.md"}
     for words in (("toy_resnet", "layer2"), (), ("toy_resnet",)):           # asked for once, and no more
@@ -196,34 +249,69 @@ def test_folder_with_the_least(folder):
     assert load_focus(folder).l == 4
 
 
-@pytest.mark.parametrize("values,message", [
-    (dict(classes=["a", "a", "b"]), "classes is .'a', 'a', 'b'., but should be a list of two or more different names"),
-    (dict(classes="abc"), "classes is 'abc', but should be"),
-    (dict(image_size=[64, 1e9]), "image_size is .64, 1000000000.0., but should be 1 to 8192"),
-    (dict(image_size=-1), "image_size is -1, but"), (dict(image_size=[96, 96]), r"image_size is \[96, 96\], but \[64, 64\] among the options"),
-    (dict(std=[1, 0, 1]), "std is .1, 0, 1., but should be three numbers above 0"), (dict(mean=[1, None, 1]), "mean is"),
-    (dict(arch=["resnet50"]), "arch is"), (dict(arch="os.system"), "'os.system' is no model of torchvision"),
-    (dict(arch="hf_hub:somebody/model"), "is no model of torchvision"), (dict(arch="../model"), "is no model of torchvision"),
-    (dict(cut="layer9"), "config.json: cut='layer9' is none of the body's layers"), (dict(arch_kwargs=[1]), "arch_kwargs is"),
-    (dict(arch_kwargs=dict(widths="many")), "config.json: "), (dict(arch_kwargs=dict(lens=3)), "config.json: .*lens"),
-    (dict(temperature=0), "temperature is 0, but should be a number above 0"),
-    (dict(threshold=95), "threshold is 95, but should be a number from 0 to 1, or 2: no answer is sure"),
-    (dict(threshold=1.5), "threshold is 1.5"), (dict(threshold=True), "threshold is True"),
-    (dict(judged_by="eye"), "judged_by is 'eye', but should be 'valid', 'test' or 'train'"), (dict(judged_by=["test"]), "judged_by is"),
-    (dict(squash="yes"), "squash is 'yes'"), (dict(method=1), "method is 1, but should be the name of a method"),
-    (dict(method="plainer"), "its method 'plainer' is none of plain, focus"), (dict(own_body=1), "own_body is 1, but should be true or false"),
-    (dict(own_body=True), "is a body of its author's own"), (dict(format="onnx"), "is not of fd_focus"),
-    (dict(arch="resnet18", options=dict(m=4)), "does not fit its config.json"),
-    (dict(classes=["a", "b"]), "tells 3 classes apart, but config.json names 2"), (dict(sha256="0"), "its sha256 differs"),
-    *((dict(metrics=dict(accuracy=value)), "metrics is .'accuracy': .*, but should be a table, its accuracy a number or null")
-      for value in ("0.9", [.9], True, float("nan"))),
-    (dict(method="plain", options=[]), "options is .., but should be a table"), (dict(method="plain"), "uses .*region_size.*, which this version does not know"),
-    *((dict(options=options), message) for options, message in (
-        (dict(m="6"), "m is '6', but should be int"), (dict(l=True), "l is True, but should be int"),
-        (dict(sigma="wide"), "sigma is 'wide', but should be int or float"), (dict(fusion="vote"), "fusion='vote' is none of"),
-        (dict(l=9), "l=9 regions are to be used of m=6"), (dict(m=99), "config.json: m=99 regions, but"), (dict(m=None), "config.json: "),
-        (dict(region_size=70), "region_size=.* does not fit"), (dict(region_size="large"), "region_size is 'large', but should be 1 to 8192"),
-        (dict(l=2), "hybrid_head.weight is .* instead of"), (dict(lens=3), "uses lens, which this version does not know: pip install --upgrade")))])
+@pytest.mark.parametrize(
+    "values,message",
+    [
+        (
+            dict(classes=["a", "a", "b"]),
+            "classes is .'a', 'a', 'b'., but should be a list of two or more different names",
+        ),
+        (dict(classes="abc"), "classes is 'abc', but should be"),
+        (dict(image_size=[64, 1e9]), "image_size is .64, 1000000000.0., but should be 1 to 8192"),
+        (dict(image_size=-1), "image_size is -1, but"),
+        (dict(image_size=[96, 96]), r"image_size is \[96, 96\], but \[64, 64\] among the options"),
+        (dict(std=[1, 0, 1]), "std is .1, 0, 1., but should be three numbers above 0"),
+        (dict(mean=[1, None, 1]), "mean is"),
+        (dict(arch=["resnet50"]), "arch is"),
+        (dict(arch="os.system"), "'os.system' is no model of torchvision"),
+        (dict(arch="hf_hub:somebody/model"), "is no model of torchvision"),
+        (dict(arch="../model"), "is no model of torchvision"),
+        (dict(cut="layer9"), "config.json: cut='layer9' is none of the body's layers"),
+        (dict(arch_kwargs=[1]), "arch_kwargs is"),
+        (dict(arch_kwargs=dict(widths="many")), "config.json: "),
+        (dict(arch_kwargs=dict(lens=3)), "config.json: .*lens"),
+        (dict(temperature=0), "temperature is 0, but should be a number above 0"),
+        (dict(threshold=95), "threshold is 95, but should be a number from 0 to 1, or 2: no answer is sure"),
+        (dict(threshold=1.5), "threshold is 1.5"),
+        (dict(threshold=True), "threshold is True"),
+        (dict(judged_by="eye"), "judged_by is 'eye', but should be 'valid', 'test' or 'train'"),
+        (dict(judged_by=["test"]), "judged_by is"),
+        (dict(squash="yes"), "squash is 'yes'"),
+        (dict(method=1), "method is 1, but should be the name of a method"),
+        (dict(method="plainer"), "its method 'plainer' is none of plain, focus"),
+        (dict(own_body=1), "own_body is 1, but should be true or false"),
+        (dict(own_body=True), "is a body of its author's own"),
+        (dict(format="onnx"), "is not of fd_focus"),
+        (dict(arch="resnet18", options=dict(m=4)), "does not fit its config.json"),
+        (dict(classes=["a", "b"]), "tells 3 classes apart, but config.json names 2"),
+        (dict(sha256="0"), "its sha256 differs"),
+        *(
+            (
+                dict(metrics=dict(accuracy=value)),
+                "metrics is .'accuracy': .*, but should be a table, its accuracy a number or null",
+            )
+            for value in ("0.9", [0.9], True, float("nan"))
+        ),
+        (dict(method="plain", options=[]), "options is .., but should be a table"),
+        (dict(method="plain"), "uses .*region_size.*, which this version does not know"),
+        *(
+            (dict(options=options), message)
+            for options, message in (
+                (dict(m="6"), "m is '6', but should be int"),
+                (dict(l=True), "l is True, but should be int"),
+                (dict(sigma="wide"), "sigma is 'wide', but should be int or float"),
+                (dict(fusion="vote"), "fusion='vote' is none of"),
+                (dict(l=9), "l=9 regions are to be used of m=6"),
+                (dict(m=99), "config.json: m=99 regions, but"),
+                (dict(m=None), "config.json: "),
+                (dict(region_size=70), "region_size=.* does not fit"),
+                (dict(region_size="large"), "region_size is 'large', but should be 1 to 8192"),
+                (dict(l=2), "hybrid_head.weight is .* instead of"),
+                (dict(lens=3), "uses lens, which this version does not know: pip install --upgrade"),
+            )
+        ),
+    ],
+)
 def test_foreign_values(folder, values, message):
     change(folder, **values)
     with pytest.raises(ValueError, match=message) as caught: load_focus(folder)
@@ -236,7 +324,9 @@ def test_thresholds_of_now_and_before(folder, threshold):
     assert load_focus(folder).about["threshold"] == threshold
 
 
-@pytest.mark.parametrize("by,word", [("test", "test"), ("valid", "validation"), ("train", "validation"), (None, "validation")])
+@pytest.mark.parametrize(
+    "by,word", [("test", "test"), ("valid", "validation"), ("train", "validation"), (None, "validation")]
+)
 def test_which_pictures_judged(dls, tmp_path, by, word, monkeypatch):
     "The learner's data say it; those of plain fastai, and folders of before, say nothing."
     learn = learner(dls)
@@ -250,10 +340,23 @@ def test_which_pictures_judged(dls, tmp_path, by, word, monkeypatch):
 
 # The name of the body
 
-@pytest.mark.parametrize("arch,cut", [("toy_resnet", None), ("toy_resnet", "layer2"), ("resnet18", "layer3"), ("mobilenet_v2", 7), ("densenet121", None), ("googlenet", None),
-                                      ("swin_t", None), ("regnet_y_400mf", None), ("mobilenetv3_small_050", None), ("convnextv2_atto", None)])
+@pytest.mark.parametrize(
+    "arch,cut",
+    [
+        ("toy_resnet", None),
+        ("toy_resnet", "layer2"),
+        ("resnet18", "layer3"),
+        ("mobilenet_v2", 7),
+        ("densenet121", None),
+        ("googlenet", None),
+        ("swin_t", None),
+        ("regnet_y_400mf", None),
+        ("mobilenetv3_small_050", None),
+        ("convnextv2_atto", None),
+    ],
+)
 def test_a_right_name_is_taken(arch, cut):
-    "As it was built, without numbers or a download, and without a step of the random numbers; RegNet cannot be built without numbers."
+    "Built without numbers or a download, and without a step of the random numbers. (RegNet needs its numbers.)"
     if arch in ("mobilenetv3_small_050", "convnextv2_atto"): pytest.importorskip("timm")
     body = create_body(arch, pretrained=False, cut=cut)[0]
     state = torch.get_rng_state()
@@ -261,13 +364,34 @@ def test_a_right_name_is_taken(arch, cut):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("arch,cut,other,message", [
-    ("toy_resnet", None, ("resnet18", None), r"arch='resnet18', cut=None makes another body than the network has \(layer4: a layer instead of none\); give the arch and cut it was made with"),
-    ("resnet18", "layer3", ("resnet18", None), "cut=None makes another body than the network has .layer4: a layer instead of none"),
-    ("resnet18", None, ("resnet18", "layer3"), "cut='layer3' makes another body than the network has .layer4: none instead of a layer"),
-    ("resnet18", None, ("resnet34", None), r"layer1.2.conv1.weight: \(64, 64, 3, 3\) instead of none"), ("resnet50", None, ("wide_resnet50_2", None), r"\(128, 64, 1, 1\) instead of \(64, 64, 1, 1\)"),
-    ("resnet18", 4, ("resnet18", 3), "maxpool: none instead of a layer"),                                        # a pooling has no weights
-    ("resnet18", None, ("resnet18", "layer9"), "cut='layer9' is none of the body's layers"), ("resnet18", None, ("mobilenet_v2", None), "0: a layer instead of none")])
+@pytest.mark.parametrize(
+    "arch,cut,other,message",
+    [
+        (
+            "toy_resnet",
+            None,
+            ("resnet18", None),
+            r"arch='resnet18', cut=None makes another body than the network has \(layer4: a layer instead of none",
+        ),
+        (
+            "resnet18",
+            "layer3",
+            ("resnet18", None),
+            "cut=None makes another body than the network has .layer4: a layer instead of none",
+        ),
+        (
+            "resnet18",
+            None,
+            ("resnet18", "layer3"),
+            "cut='layer3' makes another body than the network has .layer4: none instead of a layer",
+        ),
+        ("resnet18", None, ("resnet34", None), r"layer1.2.conv1.weight: \(64, 64, 3, 3\) instead of none"),
+        ("resnet50", None, ("wide_resnet50_2", None), r"\(128, 64, 1, 1\) instead of \(64, 64, 1, 1\)"),
+        ("resnet18", 4, ("resnet18", 3), "maxpool: none instead of a layer"),  # a pooling has no weights
+        ("resnet18", None, ("resnet18", "layer9"), "cut='layer9' is none of the body's layers"),
+        ("resnet18", None, ("mobilenet_v2", None), "0: a layer instead of none"),
+    ],
+)
 def test_a_wrong_name_is_refused(arch, cut, other, message):
     with pytest.raises(ValueError, match=message): _check_arch(create_body(arch, pretrained=False, cut=cut)[0], *other)
 
@@ -275,7 +399,8 @@ def test_a_wrong_name_is_refused(arch, cut, other, message):
 def test_a_refused_name_leaves_the_folder_alone(dls, folder):
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     for arch, cut in (("resnet18", None), (None, 4)):
-        with pytest.raises(ValueError, match="makes another body than the network has"): save_focus(learner(dls), folder, arch, cut)
+        with pytest.raises(ValueError, match="makes another body than the network has"):
+            save_focus(learner(dls), folder, arch, cut)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
@@ -283,7 +408,8 @@ def test_a_source_that_lies_is_found_out(dls, tmp_path):
     "A layer was exchanged after create_body: the folder would build another body."
     learn = learner(dls)
     learn.model.body.layer3 = nn.Conv2d(64, 128, 2, 2)
-    with pytest.raises(ValueError, match="makes another body than the network has"): save_focus(learn, tmp_path / "model")
+    with pytest.raises(ValueError, match="makes another body than the network has"):
+        save_focus(learn, tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
 
@@ -291,10 +417,14 @@ def test_a_function_of_ones_own_has_a_name_of_ones_own(dls, tmp_path):
     "Any name that nobody else has, and a warning of what loading will need."
     def mine(): return torchvision.models.squeezenet1_1(weights=None)
     learn = learner(dls, arch=mine)
-    with pytest.warns(UserWarning, match=r"arch='mine' is no model of torchvision.*load_focus\(folder, body=...\)"): folder = save_focus(learn, tmp_path / "mine", "mine")
+    with pytest.warns(UserWarning, match=r"arch='mine' is no model of torchvision.*load_focus\(folder, body=...\)"):
+        folder = save_focus(learn, tmp_path / "mine", "mine")
     assert load_focus(folder, body=create_body(mine, pretrained=False)[0]).n_features == 512
-    with pytest.raises(ValueError, match="toy_resnet.*or another name for a body of your own"): save_focus(learner(dls, arch=toy_resnet((8, 16))), tmp_path / "toy", "toy_resnet")
-    bare = torchvision.models.squeezenet1_1(weights=None).features           # a body without a source, but with a name that is known
+    with pytest.raises(ValueError, match="toy_resnet.*or another name for a body of your own"):
+        save_focus(learner(dls, arch=toy_resnet((8, 16))), tmp_path / "toy", "toy_resnet")
+    bare = torchvision.models.squeezenet1_1(
+        weights=None
+    ).features  # a body without a source, but with a name that is known
     net = load_focus(save_focus(learner(dls, arch=bare), tmp_path / "known", "squeezenet1_1"))
     assert net.n_features == 512
 
@@ -346,12 +476,22 @@ def test_planted_pickles_do_not_run(folder, tmp_path, monkeypatch):
     torch.save({"image_head.weight": torch.zeros(3, 128), "x": Bomb(mark)}, archive)
     for name in ("model.pth", "model.pkl", "export.pkl", "pytorch_model.bin", "model.pt", "training_args.bin"):
         (folder / name).write_bytes(bomb)
-    for name in ("config.py", "model.py", "modeling_fd_focus.py", "__init__.py", "sitecustomize.py", "toy_resnet.py", "json.py"):
+    for name in (
+        "config.py",
+        "model.py",
+        "modeling_fd_focus.py",
+        "__init__.py",
+        "sitecustomize.py",
+        "toy_resnet.py",
+        "json.py",
+    ):
         (folder / name).write_text(f"open({str(mark)!r}, 'w')")
     def refuse(*args, **kwargs): raise AssertionError("a pickle was opened")
     class Refuse(pickle.Unpickler):                        # libraries subclass it when they are imported
         __init__ = load = refuse
-    for name, value in dict(load=refuse, loads=refuse, Unpickler=Refuse).items(): monkeypatch.setattr(pickle, name, value)
+
+    for name, value in dict(load=refuse, loads=refuse, Unpickler=Refuse).items():
+        monkeypatch.setattr(pickle, name, value)
     with pytest.raises(AssertionError, match="a pickle was opened"): pickle.Unpickler(io.BytesIO(bomb))
     monkeypatch.setattr(torch, "load", refuse)
     monkeypatch.chdir(folder)                              # nor is anything imported from there
@@ -375,10 +515,22 @@ def test_planted_pickles_do_not_run(folder, tmp_path, monkeypatch):
 
 def test_card(dls, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "regions.png")
-    folder = save_focus(learner(dls), tmp_path / "model", None, None, dict(accuracy=.8754), picture=tmp_path / "regions.png",
-                        settings=dict(data="/home/somebody/secret/birds", epochs=3, cut=None))
+    folder = save_focus(
+        learner(dls),
+        tmp_path / "model",
+        None,
+        None,
+        dict(accuracy=0.8754),
+        picture=tmp_path / "regions.png",
+        settings=dict(data="/home/somebody/secret/birds", epochs=3, cut=None),
+    )
     card = (folder / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: fd_focus\n") and "**87.5 %**" in card and "toy_resnet, 3 classes" in card and "method `focus`" in card
+    assert (
+        card.startswith("---\nlibrary_name: fd_focus\n")
+        and "**87.5 %**" in card
+        and "toy_resnet, 3 classes" in card
+        and "method `focus`" in card
+    )
     assert "](regions.png)" in card and (folder / "regions.png").is_file()
     assert "| epochs | 3 |" in card and "| data | birds |" in card and "| cut |" not in card
     assert "somebody" not in card + (folder / "config.json").read_text()
@@ -397,8 +549,13 @@ def test_a_card_shows_no_picture_of_an_earlier_model(dls, tmp_path):
 
 def test_a_card_is_utf8_whatever_the_machine_writes(folder, monkeypatch):
     change(folder, classes=["Blaumeise", "Käuzchen", "鷹"])
-    monkeypatch.setattr("pathlib.Path.write_text", lambda path, text, encoding="ascii", **kwargs: path.write_bytes(text.encode(encoding)))
-    monkeypatch.setattr("pathlib.Path.read_text", lambda path, encoding="ascii", **kwargs: path.read_bytes().decode(encoding))
+    monkeypatch.setattr(
+        "pathlib.Path.write_text",
+        lambda path, text, encoding="ascii", **kwargs: path.write_bytes(text.encode(encoding)),
+    )
+    monkeypatch.setattr(
+        "pathlib.Path.read_text", lambda path, encoding="ascii", **kwargs: path.read_bytes().decode(encoding)
+    )
     write_card(folder)
     assert "Käuzchen\n鷹" in (folder / "README.md").read_text(encoding="utf-8")
 
@@ -417,14 +574,23 @@ def test_hub(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load_focus("somebody/birds", revision="v1").classes == load_focus(folder).classes
     assert asked == [("somebody/birds", "v1", ["config.json", "model.safetensors"])]
-    with pytest.raises(FileNotFoundError, match="no model folder nobody/birds, and the Hugging Face hub did not give it: 404 Not Found$"): load_focus("nobody/birds")
+    with pytest.raises(
+        FileNotFoundError,
+        match="no model folder nobody/birds, and the Hugging Face hub did not give it: 404 Not Found$",
+    ):
+        load_focus("nobody/birds")
     asked.clear()
     (tmp_path / "runs").mkdir()
     for name in ("runs/birds", tmp_path / "birds", "birds", "a/b/c"):        # meant as places on this machine
         with pytest.raises(FileNotFoundError, match="no model folder"): load_focus(name)
     assert not asked
     assert push_to_hub(folder, "somebody/birds", commit_message="first") == "https://hub/somebody/birds"
-    assert sent[0][1]["private"] is True and sent[1]["allow_patterns"] == ["config.json", "model.safetensors", "README.md", "regions.png"]
+    assert sent[0][1]["private"] is True and sent[1]["allow_patterns"] == [
+        "config.json",
+        "model.safetensors",
+        "README.md",
+        "regions.png",
+    ]
     (folder / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="damaged"): push_to_hub(folder, "somebody/birds")
     assert len(sent) == 2
