@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 export MPLBACKEND ?= agg
 
-.PHONY: setup demo test test-slow test-newest readme sync nbtest pytest clean
+.PHONY: setup demo test test-slow test-newest readme lint sync nbtest pytest clean
 
 setup: $(STAMP)
 $(STAMP): settings.ini setup.py
@@ -22,7 +22,11 @@ demo: setup
 	$(BIN)/fd_focus_compare runs/demo/plain runs/demo/focus
 
 test: setup
-	$(MAKE) --no-print-directory sync nbtest pytest
+	$(MAKE) --no-print-directory lint sync nbtest pytest
+
+# Long lines, unused names and what bugbear finds, in notebooks and package.
+lint: setup
+	$(BIN)/ruff check .
 
 # Notebooks are the source: cleaning and exporting them again must change nothing that is committed.
 sync: setup

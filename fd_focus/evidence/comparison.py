@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'read_rows', 'place_of', 'read_predictions', 'paired_difference', 'summarise', 'plot_results',
-           'multiply_adds', 'answering_time']
+           'multiply_adds', 'answering_time', 'plot_cost']
 
 # %% ../../nbs/50_comparison.ipynb #75_experiment003
 import math
@@ -215,3 +215,29 @@ def answering_time(
         if x.is_cuda: torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return float(np.median(seconds[1:])) / len(x)
+
+# %% ../../nbs/50_comparison.ipynb #50_comparison_002
+def plot_cost(
+    folder: str | Path,      # of a question
+    rival: str = "plain",    # whose cost is 1; variants whose names begin so are joined by a line
+    data: str | None = None, # None: the only or first one
+    variants: list | None = None,   # which to show, by name; None: all
+    ax=None,                 # None: a new figure
+) -> plt.Figure:
+    "Accuracy against the multiply-adds of an answer, by variant; bars are one standard deviation over seeds."
+    table = summarise(folder, rival, variants=variants and [rival, *variants])
+    table = table[table.data == (table.data.iloc[0] if data is None else data)]
+    cost = table.giga_multiply_adds / table.giga_multiply_adds[table.variant == rival].iloc[0]
+    ax = plt.subplots(figsize=(6.5, 3.4), layout="constrained")[1] if ax is None else ax
+    plain = table.variant.str.startswith(rival).to_numpy()
+    order = np.argsort(cost[plain].to_numpy())
+    ax.plot(cost[plain].to_numpy()[order], table.accuracy[plain].to_numpy()[order], ":", color="grey")
+    for x, line, is_plain in zip(cost, table.itertuples(), plain):
+        spread = 0 if math.isnan(line.sd) else line.sd
+        style = dict(fmt="o", color="grey") if is_plain else dict(fmt="s", color="C1")
+        ax.errorbar(x, line.accuracy, spread, capsize=3, **style)
+        name = f"{line.variant} ({line.seeds})"
+        ax.annotate(name, (x, line.accuracy), (6, 4), textcoords="offset points", fontsize=7)
+    ax.set(xlabel=f"cost of an answer, multiply-adds of {rival} = 1", ylabel="accuracy, %")
+    ax.margins(x=.25); ax.grid(alpha=.3)
+    return ax.figure

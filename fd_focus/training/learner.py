@@ -33,7 +33,8 @@ from ..bodies import create_body, is_own
 from ..data.pictures import DataWarning
 from ..draw import plot_focus
 from ..loss import FocusLoss
-from ..methods import METHODS, Look, Method, bare, build_method, method_options
+from ..methods import METHODS, Look, Method, bare, build_method, method_name, method_options
+from ..presets import PRESETS
 
 # %% ../../nbs/30_learner.ipynb #70_learner006
 def body_and_heads(model: nn.Module) -> list[list[nn.Parameter]]:
@@ -237,9 +238,19 @@ def _image_size(dls: DataLoaders) -> tuple[int, int] | int:
     "That of the pictures in `dls`; drawing one batch leaves the random state alone."
     with torch.random.fork_rng(): return getattr(dls, "image_size", None) or tuple(dls.one_batch()[0].shape[2:])
 
-def _loss(loss_func, net: Method, label_smoothing: float) -> FocusLoss:
+def _preset(name: str, method: str, size: int | tuple[int, int], fixed: bool) -> dict:
+    "Options of a preset; `size` is the first look's if `fixed`, else that of the pictures that regions are cut from."
+    if name not in PRESETS: raise ValueError(f"preset={name!r} is none of {', '.join(map(repr, PRESETS))}")
+    height, width = (size, size) if isinstance(size, int) else size
+    if height != width: raise ValueError(f"preset={name!r} is for squares, not for {height}x{width}; give the options")
+    chosen = PRESETS[name](method, height)
+    if fixed or "input_size" not in chosen: return chosen
+    return PRESETS[name](method, height * height // chosen["input_size"])
+
+# %% ../../nbs/30_learner.ipynb #30_learner_000
+def _loss(loss_func, net: Method, label_smoothing: float, distill: float = 0.) -> FocusLoss:
     "Cross entropy, the user's criterion for every head, or a FocusLoss of the user's, which is told of the method."
-    if loss_func is None: return FocusLoss(label_smoothing=label_smoothing, method=net)
+    if loss_func is None: return FocusLoss(label_smoothing=label_smoothing, distill=distill, method=net)
     if label_smoothing:
         raise ValueError(f"label_smoothing={label_smoothing} is for the default loss; give it to loss_func")
     if not isinstance(loss_func, FocusLoss): return FocusLoss(loss_func, method=net)
@@ -259,7 +270,8 @@ def focus_learner(
     pretrained: bool = True,            # ImageNet weights; the body is then frozen, as in `vision_learner`
     weights: str | Path | None = None,  # a state dict for the body to start from instead
     cut: int | str | None = None,       # where to end the body
-    image_size: int | tuple[int, int] | None = None,   # side of the first look; None: that of a batch
+    image_size: int | tuple[int, int] | None = None,   # side of the first look; None: the preset's, or that of a batch
+    preset: str | None = None,          # 'paper' or 'photos' (notebook 19): defaults for the method's options
     label_smoothing: float = 0.,
     loss_func: Callable | None = None,  # None: FocusLoss; any loss of logits is used for every head
     metrics: list | None = None,        # after accuracy; None: those of each head and the terms of the loss
@@ -275,11 +287,14 @@ def focus_learner(
         raise ValueError("weights and cut are for the name of an architecture; load or cut a body of your own before")
     size = _image_size(dls) if image_size is None else image_size
     known = method_options(METHODS[method] if isinstance(method, str) else method)
-    options = {"image_size": size} | {name: kwargs.pop(name) for name in list(kwargs) if name in known}
+    named = "" if preset is None else method if isinstance(method, str) else method_name(method)
+    chosen = {} if preset is None else _preset(preset, named, size, image_size is not None)
+    options = {"image_size": size} | {name: chosen[name] for name in known if name in chosen}
+    options |= {name: kwargs.pop(name) for name in list(kwargs) if name in known}
     body, stats = (arch, None) if isinstance(arch, nn.Module) else create_body(arch, pretrained, weights, cut)
     net = build_method(method, body, n_classes, **options)
     if normalize and stats: _normalise(dls, stats, arch)
-    loss = _loss(loss_func, net, label_smoothing)
+    loss = _loss(loss_func, net, label_smoothing, chosen.get("distill", 0.))
     own = [StopOnNaN(), SmoothOnDevice(), LossParts(), *net.callbacks()]
     learn = FocusLearner(dls, net, loss_func=loss, splitter=body_and_heads, cbs=own + list(L(cbs)),
                          metrics=[accuracy, *L(_columns(net, loss) if metrics is None else metrics)], **kwargs)
