@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMATS', 'export_model', 'run_exported', 'Parity', 'toy_images', 'check_parity']
 
-# %% ../../nbs/64_export.ipynb #64_export_012
+# %% ../../nbs/64_export.ipynb #64_export_003
 import contextlib
 import json
 import logging

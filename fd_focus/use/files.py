@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['find_pictures', 'check_kind', 'Rows', 'regions_file', 'predict_files']
 
-# %% ../../nbs/62_files.ipynb #62_files_012
+# %% ../../nbs/62_files.ipynb #62_files_013
 import csv
 import glob
 import json
