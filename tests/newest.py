@@ -7,14 +7,16 @@ from pathlib import Path
 import torch
 
 warnings.filterwarnings("ignore")
-from fd_focus.all import Settings, load_focus, save_focus, train   # noqa: E402
+from fd_focus.all import Settings, load_focus, save_focus   # noqa: E402
+from fd_focus.training.run import train   # noqa: E402
 
 assert int(version("fastcore").split(".")[0]) >= 2, "this environment does not hold fastcore 2"
-learn, table, summary = train(Settings(arch="toy_resnet", image_size=64, images_per_class=8, n_classes=4, epochs=2, bs=8), bar=False)
+settings = Settings(arch="toy_resnet", image_size=64, images_per_class=8, n_classes=4, epochs=2, bs=8)
+learn, table, summary = train(settings, bar=False)
 assert torch.isfinite(torch.tensor(table.train_loss.tolist())).all()
 with tempfile.TemporaryDirectory() as tmp:
     learn.export(Path(tmp) / "model.pkl")
-    loaded = load_focus(save_focus(learn, Path(tmp) / "model", "toy_resnet"))
+    loaded = load_focus(save_focus(learn, Path(tmp) / "model"))
 x = torch.rand(2, 3, 64, 64)
 with torch.no_grad(): assert torch.allclose(loaded(x), learn.model.eval()(x), atol=1e-5)
 print("fastai", version("fastai"), "fastcore", version("fastcore"), "torch", version("torch"), "fine")

@@ -237,7 +237,9 @@ def plot_cost(
         style = dict(fmt="o", color="grey") if is_plain else dict(fmt="s", color="C1")
         ax.errorbar(x, line.accuracy, spread, capsize=3, **style)
         name = f"{line.variant} ({line.seeds})"
-        ax.annotate(name, (x, line.accuracy), (6, 4), textcoords="offset points", fontsize=7)
+        left = x > (cost.min() + cost.max()) / 2       # the name stays inside the picture
+        ax.annotate(name, (x, line.accuracy), (-6 if left else 6, 4), textcoords="offset points", fontsize=7,
+                    ha="right" if left else "left")
     ax.set(xlabel=f"cost of an answer, multiply-adds of {rival} = 1", ylabel="accuracy, %")
     ax.margins(x=.25); ax.grid(alpha=.3)
     return ax.figure

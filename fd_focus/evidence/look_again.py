@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['look_again_curve', 'LookAgain', 'choose_share', 'both_looks', 'look_again', 'plot_look_again']
 
-# %% ../../nbs/53_look_again.ipynb #53_look_again_004
+# %% ../../nbs/53_look_again.ipynb #53_look_again_031
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
@@ -17,23 +17,23 @@ from torch import Tensor
 from ..methods import bare
 from ..training.learner import FocusLearner, look_at
 
-# %% ../../nbs/53_look_again.ipynb #53_look_again_006
+# %% ../../nbs/53_look_again.ipynb #53_look_again_033
 def look_again_curve(
     first: Tensor,     # (N,C) probabilities after one look
     second: Tensor,    # (N,C) probabilities of all heads together
     targets: Tensor,   # (N,)
-) -> pd.DataFrame:     # a row for each possible limit: share that looks again, `below`, accuracy (both from 0 to 1)
+) -> pd.DataFrame:     # a row for each possible limit: share that looks again, `below`, accuracy
     "Accuracy where the least sure pictures look again, for every share of them. Pictures that are equally sure go together."
     sure, order = first.double().max(1).values.sort(stable=True)
     gain = ((second.argmax(1) == targets).long() - (first.argmax(1) == targets).long())[order]
-    right = (first.argmax(1) == targets).sum() + torch.cat([torch.zeros(1, dtype=torch.long), gain.cumsum(0)])   # (N+1,)
+    right = (first.argmax(1) == targets).sum() + torch.cat([gain.new_zeros(1), gain.cumsum(0)])                  # (N+1,)
     # Between two neighbours any limit does; above all of them everybody looks again.
-    limits = torch.cat([torch.zeros(1, dtype=torch.double), (sure[1:] + sure[:-1]) / 2, torch.full((1,), 2., dtype=torch.double)])
+    limits = torch.cat([sure.new_zeros(1), (sure[1:] + sure[:-1]) / 2, sure.new_full((1,), 2.)])
     apart = torch.cat([torch.tensor([True]), sure.diff() > 0, torch.tensor([True])])
     table = pd.DataFrame(dict(share=np.arange(len(sure) + 1) / len(sure), below=limits, accuracy=right / len(sure)))
     return table[apart.numpy()].reset_index(drop=True)
 
-# %% ../../nbs/53_look_again.ipynb #53_look_again_012
+# %% ../../nbs/53_look_again.ipynb #53_look_again_039
 @dataclass(frozen=True)
 class LookAgain:
     "When to look again, and what that does on the pictures it was chosen on; accuracies and shares from 0 to 1."
@@ -51,9 +51,10 @@ def choose_share(
     if share is not None and not 0 <= share <= 1: raise ValueError(f"share={share}; use a number from 0 to 1")
     if share is None: row = curve[curve.accuracy >= curve.accuracy.iloc[-1] - 1e-12].iloc[0]
     else: row = curve[curve.share <= share + 1e-12].iloc[-1]
-    return LookAgain(float(row.below), float(row.share), float(row.accuracy), float(curve.accuracy.iloc[0]), float(curve.accuracy.iloc[-1]))
+    ends = curve.accuracy.iloc[0], curve.accuracy.iloc[-1]
+    return LookAgain(*map(float, (row.below, row.share, row.accuracy, *ends)))
 
-# %% ../../nbs/53_look_again.ipynb #53_look_again_017
+# %% ../../nbs/53_look_again.ipynb #53_look_again_044
 def both_looks(
     learn: FocusLearner,
     dl=None,               # None: the validation pictures
@@ -63,8 +64,10 @@ def both_looks(
     for x, y, *_ in learn.dls.valid if dl is None else dl:
         look = look_at(learn, x)
         if not {"image", "ensemble"} <= set(look.heads):
-            raise ValueError(f"{type(bare(learn.model)).__name__} has no image head beside an ensemble of heads: nobody could look again")
-        first.append(look.heads["image"].softmax(1)); second.append(look.heads["ensemble"].softmax(1))
+            raise ValueError(f"{type(bare(learn.model)).__name__} has no image head beside an ensemble of heads: "
+                             "nobody could look again")
+        first.append(look.heads["image"].softmax(1))
+        second.append(look.heads["ensemble"].softmax(1))
         targets.append(y.as_subclass(Tensor).cpu())
     return torch.cat(first), torch.cat(second), torch.cat(targets)
 
@@ -74,13 +77,13 @@ def look_again(
 ) -> LookAgain:
     "Choose the limit on the validation pictures and set it on the network. ValueError where these are test pictures."
     if getattr(learn.dls, "judged_by", "valid") == "test":
-        raise ValueError("the limit for a second look is a choice, and test pictures are for a finished choice: hold out a "
-                         "validation part (valid_pct), or set look_again_below by hand")
+        raise ValueError("the limit for a second look is a choice, and test pictures are for a finished choice: hold "
+                         "out a validation part (valid_pct), or set look_again_below by hand")
     chosen = choose_share(look_again_curve(*both_looks(learn)), share)
     bare(learn.model).look_again_below = chosen.below
     return chosen
 
-# %% ../../nbs/53_look_again.ipynb #53_look_again_018
+# %% ../../nbs/53_look_again.ipynb #53_look_again_045
 def plot_look_again(
     curve: pd.DataFrame,           # of `look_again_curve`
     chosen: LookAgain | None = None,

@@ -245,7 +245,8 @@ def fd_focus_experiment(
 ):
     "Train variants × seeds of a plan, and print the mean of each with its paired gain over the rival."
     prepare()
-    from fd_focus.evidence.experiment import load_plan, results_folder, run_experiment, summarise
+    from fd_focus.evidence.comparison import summarise
+    from fd_focus.evidence.experiment import load_plan, results_folder, run_experiment
     load_plan(plan)           # a plan with an error is known before anything else
     rows = None if summary else run_experiment(plan, out, lambda line: print(line, flush=True))
     folder = results_folder(plan, out)

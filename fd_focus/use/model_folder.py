@@ -87,7 +87,7 @@ def _check_arch(
                              f"({name}: {should.get(name, 'none')} instead of {has.get(name, 'none')}); give the arch "
                              "and cut it was made with, or another name for a body of your own")
 
-# %% ../../nbs/60_model_folder.ipynb #60_model_folder_005
+# %% ../../nbs/60_model_folder.ipynb #60_model_folder_026
 _NO_ARGUMENTS = ("pretrained", "checkpoint", "cache", "weights", "arch", "cut")     # they say where weights lie
 
 def _origin(net: Method, arch: str | None, cut: int | str | None) -> dict:
@@ -108,7 +108,7 @@ def _origin(net: Method, arch: str | None, cut: int | str | None) -> dict:
     _check_arch(net.body, **made)
     return made
 
-# %% ../../nbs/60_model_folder.ipynb #60_model_folder_008
+# %% ../../nbs/60_model_folder.ipynb #60_model_folder_029
 def _tensors(net: nn.Module) -> dict[str, Tensor]:
     "Name -> tensor, the one and only, as in `state_dict`."
     return {name.replace("_orig_mod.", ""): tensor for name, tensor in net.state_dict(keep_vars=True).items()}
@@ -121,7 +121,7 @@ def _weights(net: nn.Module) -> dict[str, Tensor]:
         seen.add(id(tensor))
     return kept
 
-# %% ../../nbs/60_model_folder.ipynb #60_model_folder_011
+# %% ../../nbs/60_model_folder.ipynb #60_model_folder_032
 def _fill(net: Method, state: dict[str, Tensor]) -> None:
     "Put weights into a network. ValueError says what does not fit."
     own = _tensors(net)
@@ -173,7 +173,7 @@ def _arguments(value) -> bool:
 
 def _metrics(value) -> bool: return _table(value) and (value.get("accuracy") is None or _number(value["accuracy"]))
 
-# %% ../../nbs/60_model_folder.ipynb #60_model_folder_013
+# %% ../../nbs/60_model_folder.ipynb #60_model_folder_034
 _PIXELS, _TABLE = "1 to 8192 pixels, or [height, width]", (_table, "a table")
 _CHECKS = dict(    # name: is it right, what is expected
     method=(lambda v: isinstance(v, str), "the name of a method"),
@@ -208,7 +208,7 @@ def check_config(
             shown = repr(config[name])
             raise ValueError(f"{file}: {name} is {shown[:80]}{'…' if len(shown) > 80 else ''}, but should be {wanted}")
 
-# %% ../../nbs/60_model_folder.ipynb #60_model_folder_015
+# %% ../../nbs/60_model_folder.ipynb #60_model_folder_036
 def _check_options(cls: type[Method], options: dict) -> None:
     "ValueError for options of a method that it does not take, or not with such a value."
     if unknown := set(options) - set(method_options(cls)):
