@@ -23,10 +23,10 @@ def look_again_curve(
     second: Tensor,    # (N,C) probabilities of all heads together
     targets: Tensor,   # (N,)
 ) -> pd.DataFrame:     # a row for each possible limit: share that looks again, `below`, accuracy
-    "Accuracy where the least sure pictures look again, for every share of them. Pictures that are equally sure go together."
+    "Accuracy where the least sure pictures look again, for every share. Equally sure ones go together."
     sure, order = first.double().max(1).values.sort(stable=True)
     gain = ((second.argmax(1) == targets).long() - (first.argmax(1) == targets).long())[order]
-    right = (first.argmax(1) == targets).sum() + torch.cat([gain.new_zeros(1), gain.cumsum(0)])                  # (N+1,)
+    right = (first.argmax(1) == targets).sum() + torch.cat([gain.new_zeros(1), gain.cumsum(0)])       # (N+1,)
     # Between two neighbours any limit does; above all of them everybody looks again.
     limits = torch.cat([sure.new_zeros(1), (sure[1:] + sure[:-1]) / 2, sure.new_full((1,), 2.)])
     apart = torch.cat([torch.tensor([True]), sure.diff() > 0, torch.tensor([True])])
@@ -95,7 +95,7 @@ def plot_look_again(
     ax.axhline(100 * curve.accuracy.iloc[-1], color="grey", lw=1, ls=":", label="everybody looks again")
     if chosen is not None:
         ax.plot(100 * chosen.share, 100 * chosen.accuracy, "o", color="C1",
-                label=f"{100 * chosen.share:.0f} % look again (below {chosen.below:.2f}): {100 * chosen.accuracy:.1f} %")
+                label=f"{100 * chosen.share:.0f} % look again: {100 * chosen.accuracy:.1f} % right")
     ax.set(xlabel="share of the pictures that look again, %", ylabel="accuracy, %")
     ax.grid(alpha=.3); ax.legend(fontsize=8, loc="lower right")
     return ax.figure
