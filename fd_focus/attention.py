@@ -7,7 +7,6 @@ __all__ = ['class_activation_maps', 'draw_image', 'draw_attention', 'smooth', 'a
 
 # %% ../nbs/11_attention.ipynb #10_attention003
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # %% ../nbs/11_attention.ipynb #10_attention008
@@ -23,7 +22,7 @@ def _check(features: Tensor, weight: Tensor):
 def class_activation_maps(
     features: Tensor, # (B,n,h,w) feature maps Z, before pooling
     weight: Tensor,   # (C,n) weight W of the linear layer that follows global average pooling
-) -> Tensor:          # (B,C,h,w) one map a class
+) -> Tensor:          # (B,C,h,w) one map per class
     "Class-activation maps $M_k=\\sum_i W_{ki}Z_i$ (section 3.2, Zhou 2016). Raises ValueError if shapes disagree."
     _check(features, weight)
     return torch.einsum("bnhw,cn->bchw", features, weight)
