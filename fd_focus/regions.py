@@ -65,7 +65,7 @@ def suppression_table(
 
 # %% ../nbs/12_regions.ipynb #20_regions014b
 def _greedy(scores: Tensor, table: Tensor, m: int) -> Tensor:
-    "(B,m) picks by tensor operations with static shapes: any device, any graph."
+    "(B,m) picks by tensor operations with static shapes: on any device, compiled and exported too."
     alive, tops, picks = scores, [], []
     for _ in range(m):
         top, pick = alive.max(1)                                                 # (B,)
@@ -87,7 +87,7 @@ def _greedy_numpy(scores: np.ndarray, table: np.ndarray, m: int) -> np.ndarray |
     return np.ascontiguousarray(picks.T) if (alive[np.arange(len(alive)), picks[-1]] > -np.inf).all() else None
 
 def _numpy_can(scores: Tensor) -> bool:
-    "A plain float tensor in the CPU's memory, and nobody recording a graph."
+    "A plain float tensor in the CPU's memory, and no compiler or exporter at work."
     return (scores.device.type == "cpu" and type(scores) is Tensor and scores.dtype in (torch.float32, torch.float64)
             and not torch.compiler.is_compiling() and not torch.jit.is_tracing())
 
