@@ -44,7 +44,7 @@ def feature_shape(
 def toy_resnet(
     widths: tuple[int, ...] = (32, 64, 128),  # channels of each stage; every stage after the first halves the map
 ) -> nn.Sequential:                           # body of stride 4 * 2**(len(widths) - 1)
-    "A small ResNet body with one basic block a stage, for training from scratch on drawings."
+    "A small ResNet body with one basic block per stage, for training from scratch on drawings."
     layers = dict(conv1=nn.Conv2d(3, widths[0], 5, stride=2, padding=2, bias=False), bn1=nn.BatchNorm2d(widths[0]),
                   relu=nn.ReLU(inplace=True), maxpool=nn.MaxPool2d(3, stride=2, padding=1))
     for i, (before, width) in enumerate(zip((widths[0], *widths), widths)):
@@ -64,7 +64,7 @@ def _in_a_row(layers) -> nn.Sequential:
 
 # %% ../nbs/14_bodies.ipynb #14_bodies_012
 _TAILS = {"avgpool", "fc", "classifier", "head", "pool", "dropout", "flatten", "global_pool", "head_drop"}
-_ASIDE = {"AuxLogits", "aux1", "aux2"}      # classifiers beside the way, for training from scratch
+_ASIDE = {"AuxLogits", "aux1", "aux2"}      # auxiliary classifiers, for training from scratch
 
 class _ChannelsFirst(nn.Module):
     "(B,h,w,n) -> (B,n,h,w), for bodies that keep channels last."
