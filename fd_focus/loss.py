@@ -33,7 +33,7 @@ class FocusLoss(Module):
         head_weights: dict[str, float] | None = None,   # name -> weight of a head's loss; others as the method says (1)
         label_smoothing: float = 0.,        # from 0 to below 1; in training alone
         distill: float = 0.,                # weight of the image head's cross entropy to the mean answer of all heads
-        reduction: str = "mean",            # 'mean', 'sum' or 'none' (one loss an item)
+        reduction: str = "mean",            # 'mean', 'sum' or 'none' (one loss per item)
         method: Method | None = None,       # whose `losses` and `loss_weights` count; None: every head's loss, weight 1
     ):
         if reduction not in ("mean", "sum", "none"):
