@@ -37,7 +37,7 @@ def plot_regions(
     source,                          # pictures (B,3,H,W) from 0 to 1; or a learner
     what,                            # their `Look`; or files (whatever the learner opens), or a batch as it sees it
     k: int = 4,                      # regions to draw
-    titles: list[str] | None = None, # one a picture
+    titles: list[str] | None = None, # one per picture
     ncols: int = 6,                  # pictures in a row
     axes=None,                       # one axis a picture to draw into; None: a new figure
     size: float = 2.2,               # inches a picture
@@ -74,7 +74,7 @@ def plot_attention(
 def plot_focus(
     images: Tensor,                  # (B,3,H,W) from 0 to 1; or a learner
     look: Look,                      # what a method saw in them; or files or a batch, as in `plot_regions`
-    titles: list[str] | None = None, # one a picture
+    titles: list[str] | None = None, # one per picture
     colours: list[str] | None = None,# of the titles
     ncols: int = 6,                  # pictures in a row
     attention: bool = True,          # a second row with the attention map

@@ -209,7 +209,7 @@ def _look_again(self: FocusNet, x: Tensor) -> Look:
 @patch
 def look(self: FocusNet, x: Tensor) -> Look:
     "The answer with the regions it rests on; the top m where it rests on none."
-    if self.answer == "adaptive" and not torch.compiler.is_exporting(): return self._look_again(x)  # a graph cannot
+    if self.answer == "adaptive" and not torch.compiler.is_exporting(): return self._look_again(x)  # no export can
     return self._look(x, self.used, self.used or self.m)
 
 @patch

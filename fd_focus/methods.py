@@ -30,7 +30,7 @@ class Look:
     boxes: Tensor | None = None                              # (B,k,4)
     scores: Tensor | None = None                             # (B,k) attention at the boxes
     attention: Tensor | None = None                          # (B,h,w)
-    looked_again: Tensor | None = None                       # (B,) bool: who got a second look, if not everybody alike
+    looked_again: Tensor | None = None                       # (B,) bool: which got a second look, if not all alike
 
     def each(self, function: Callable) -> "Look":
         "The same with `function` of every tensor."
