@@ -36,11 +36,12 @@ sync: setup
 readme: setup
 	$(BIN)/python tests/make_readme.py
 
+# Two at a time, each with one thread.
 nbtest: setup
-	$(BIN)/nbdev_test --n_workers 1
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 
 pytest: setup
-	$(BIN)/python -m pytest -q tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 test-slow: setup
 	$(BIN)/nbdev_test --n_workers 1 --flags slow

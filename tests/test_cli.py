@@ -98,7 +98,7 @@ class Mine(Method):
         logits = self.head(self.body(x).amax((2, 3)))
         return {"image": logits} if self.training else logits
 
-register("mine", Mine)
+register("mine_alone", Mine)
 """
 
 
@@ -107,16 +107,16 @@ def test_a_method_of_ones_own(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     Path("my_module.py").write_text(MINE)
-    train = ["--data", folder, *TINY, "--method", "mine", "--out", "run"]
-    assert "method='mine' is none of" in fails(*train)
+    train = ["--data", folder, *TINY, "--method", "mine_alone", "--out", "run"]
+    assert "method='mine_alone' is none of" in fails(*train)
     assert "--import gone: No module named 'gone'" in fails("--import", "gone", *train)
     run = command("fd_focus_train", "--import", "my_module", *train, "--options", "rank=2")
     assert run.returncode == 0, run.stderr
-    assert "mine: " in run.stdout and json.loads(Path("run/model/config.json").read_text())["options"]["rank"] == 2
+    assert "mine_alone: " in run.stdout and json.loads(Path("run/model/config.json").read_text())["options"]["rank"] == 2
     picture = next(folder.rglob("*.png"))
     asked = command("fd_focus_predict", "--import", "my_module.py", "run/model", picture, "--device", "cpu")
     assert asked.returncode == 0 and str(picture) in asked.stdout, asked.stderr
-    assert "mine" in fails("run/model", picture, "--device", "cpu", name="fd_focus_predict")
+    assert "mine_alone" in fails("run/model", picture, "--device", "cpu", name="fd_focus_predict")
 
 
 def test_flags_win_over_the_file_and_both_over_the_preset(tmp_path):

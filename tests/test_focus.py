@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+from fd_focus.bodies import create_body
 from fd_focus.focus import FocusNet
 
 
@@ -64,3 +65,18 @@ def test_a_picture_smaller_than_the_first_look_is_refused():
     net = FocusNet.from_arch("toy_resnet", 3, pretrained=False, image_size=96).eval()
     with pytest.raises(ValueError, match=r"images of \(64, 96\) pixels are smaller than image_size=\(96, 96\)"):
         net(torch.rand(1, 3, 64, 96))
+
+
+def test_two_threads_use_one_network():
+    "Crops with batch-norm statistics of their own: nothing in the network is switched while it answers."
+    from concurrent.futures import ThreadPoolExecutor
+    body, _ = create_body("toy_resnet", pretrained=False, cut="layer2")
+    net = FocusNet(body, 4, image_size=64, crop_norm="separate", answer="ensemble").train()
+    torch.manual_seed(0)
+    pictures = torch.rand(6, 3, 64, 64)
+    with torch.no_grad():
+        net(pictures)                                   # the two sets of statistics differ now
+        net.eval()
+        alone = [net(picture[None]) for picture in pictures]
+        with ThreadPoolExecutor(2) as pool: together = list(pool.map(lambda k: net(pictures[k % 6, None]), range(60)))
+    assert all(torch.allclose(answer, alone[k % 6], atol=1e-5) for k, answer in enumerate(together))
