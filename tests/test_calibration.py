@@ -79,8 +79,8 @@ def test_the_usual_temperature_is_the_most_likely_one():
         guess = logits.argmax(1)
         targets = torch.where(torch.arange(600) < wrong, targets.where(targets != guess, (guess + 1) % 8), guess)
         grid = np.geomspace(1 / 20, 20, 6001)                           # steps of a thousandth
-        losses = [(logits.double() / torch.from_numpy(part)[:, None, None]).log_softmax(2)[:, torch.arange(600), targets]
-                  for part in np.array_split(grid, 24)]                 # (250,600) each
+        parts = [torch.from_numpy(part)[:, None, None] for part in np.array_split(grid, 24)]
+        losses = [(logits.double() / t).log_softmax(2)[:, torch.arange(600), targets] for t in parts]  # (250,600)
         losses = -torch.cat(losses).mean(1).numpy()
         assert math.isclose(fit_temperature(logits, targets), grid[np.argmin(losses)], rel_tol=1e-3), wrong
 

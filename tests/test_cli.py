@@ -112,7 +112,8 @@ def test_a_method_of_ones_own(folder, tmp_path, monkeypatch):
     assert "--import gone: No module named 'gone'" in fails("--import", "gone", *train)
     run = command("fd_focus_train", "--import", "my_module", *train, "--options", "rank=2")
     assert run.returncode == 0, run.stderr
-    assert "mine_alone: " in run.stdout and json.loads(Path("run/model/config.json").read_text())["options"]["rank"] == 2
+    assert "mine_alone: " in run.stdout
+    assert json.loads(Path("run/model/config.json").read_text())["options"]["rank"] == 2
     picture = next(folder.rglob("*.png"))
     asked = command("fd_focus_predict", "--import", "my_module.py", "run/model", picture, "--device", "cpu")
     assert asked.returncode == 0 and str(picture) in asked.stdout, asked.stderr
@@ -249,3 +250,17 @@ def test_a_run_among_its_own_class_folders_is_refused(folder, tmp_path, monkeypa
     monkeypatch.chdir(shutil.copytree(folder, tmp_path / "photos"))
     with pytest.raises(SystemExit) as end: fd_focus_train(data=".", arch="toy_resnet", image_size=64, bs=4, epochs=1)
     assert "lies among the class folders of" in end.value.code and not Path("runs").exists()
+
+
+def test_who_looks_again_is_chosen_at_the_end(tmp_path):
+    "On validation birds the limit is chosen, kept in the model, and the report has the accuracy that it gives."
+    run = command("fd_focus_train", *TINY, "--data", "toy", "--n_classes", 3, "--images_per_class", 12, "--answer",
+                  "adaptive", "--distill", 1, "--out", tmp_path / "run")
+    assert run.returncode == 0, run.stderr
+    assert "of the validation pictures look again" in run.stdout
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    options = json.loads((tmp_path / "run" / "model" / "config.json").read_text())["options"]
+    assert options["answer"] == "adaptive" and 0 <= summary["looked_again"] <= 1 and options["look_again_below"] != .9
+    judged = command("fd_focus_train", *TINY, "--data", "toy", "--n_classes", 3, "--images_per_class", 12, "--answer",
+                     "adaptive", "--split", "test", "--out", tmp_path / "judged")
+    assert "test pictures judge, and choose nothing" in judged.stdout, judged.stderr

@@ -133,6 +133,20 @@ def _say_first(settings: Settings, out: Path) -> None:
     elif settings.pretrained is None:
         print(f"{s.arch} starts from ImageNet's weights; --no-pretrained would start from random ones")
 
+# %% ../../nbs/66_commands.ipynb #66_commands_028a
+def _who_looks_again(learn, summary: dict) -> None:
+    "For answer='adaptive': choose the limit for a second look on the validation pictures, and say what it does."
+    net = learn.model
+    if getattr(net, "answer", None) != "adaptive": return
+    if learn.dls.judged_by == "test":
+        return print(f"a second look below {net.look_again_below:.2f}, as set: test pictures judge, and choose "
+                     "nothing; --valid_pct holds out some that may")
+    from fd_focus.evidence.look_again import look_again
+    chosen = look_again(learn)
+    summary |= dict(accuracy=chosen.accuracy, looked_again=chosen.share)
+    print(f"{100 * chosen.share:.0f} % of the validation pictures look again: {100 * chosen.accuracy:.1f} % right; "
+          f"{100 * chosen.one_look:.1f} % if nobody did, {100 * chosen.everybody:.1f} % if everybody did")
+
 # %% ../../nbs/66_commands.ipynb #66_commands_028
 def _leave(learn, table, summary: dict, out: Path, examples: int) -> bool:
     "Calibrate, and write model, card, examples, tables and figures. Tells whether it is calibrated."
@@ -145,6 +159,7 @@ def _leave(learn, table, summary: dict, out: Path, examples: int) -> bool:
         print("not calibrated: each of several processes sees a share of the validation pictures; the model has no "
               "temperature and no threshold")
     else:
+        _who_looks_again(learn, summary)
         with learn.no_bar(): calibration = calibrate(learn)
         sure = dict(temperature=calibration.temperature, threshold=calibration.threshold)
     save_focus(learn, out / "model", metrics=dict(accuracy=summary["accuracy"]), settings=summary["settings"], **sure)
