@@ -72,6 +72,16 @@ def processes(request):
     else: os.environ["OMP_NUM_THREADS"] = before
 
 
+@pytest.fixture(scope="module")
+def learn():
+    "An untrained network on twelve validation birds of three classes, in batches of five."
+    from fd_focus.data.loaders import FocusDataLoaders       # slow to import
+    from fd_focus.training.learner import focus_learner
+    torch.manual_seed(0)
+    dls = FocusDataLoaders.from_toy(4, 4, n_classes=3, bs=5)
+    return focus_learner(dls, "toy_resnet", pretrained=False)
+
+
 def shaken(net, seed=0):
     "Random heads and batch norm statistics, so that a picture matters."
     torch.manual_seed(seed)

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from sklearn.calibration import calibration_curve
 
 import fd_focus.evidence.calibration
-from fd_focus.data.loaders import FocusDataLoaders
 from fd_focus.evidence.calibration import (calibrate, confidence_threshold, confused_pairs, expected_calibration_error,
                                            fit_temperature, plot_confused, predictions, reliability,
                                            reliability_diagram)
@@ -22,14 +21,6 @@ from fd_focus.use.model_folder import load_focus, save_focus
 def close_figures():
     yield
     plt.close("all")
-
-
-@pytest.fixture(scope="module")
-def learn():
-    "An untrained network on twelve validation birds of three classes, in batches of five."
-    torch.manual_seed(0)
-    dls = FocusDataLoaders.from_toy(4, 4, n_classes=3, bs=5)
-    return focus_learner(dls, "toy_resnet", pretrained=False)
 
 
 def test_confusions(learn):

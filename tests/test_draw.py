@@ -2,25 +2,14 @@
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-import torch
 
-from fd_focus.data.loaders import FocusDataLoaders
 from fd_focus.draw import plot_attention, plot_focus, plot_regions, plot_zooms
-from fd_focus.training.learner import focus_learner
 
 
 @pytest.fixture(autouse=True)
 def close_figures():
     yield
     plt.close("all")
-
-
-@pytest.fixture(scope="module")
-def learn():
-    "An untrained network on twelve validation birds of three classes, in batches of five."
-    torch.manual_seed(0)
-    dls = FocusDataLoaders.from_toy(4, 4, n_classes=3, bs=5)
-    return focus_learner(dls, "toy_resnet", pretrained=False)
 
 
 @pytest.mark.parametrize("draw,per_picture", [(plot_regions, 1), (plot_attention, 1), (plot_zooms, 5)])

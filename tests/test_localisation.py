@@ -63,14 +63,6 @@ def test_whole_and_nothing():
     assert object_coverage(torch.tensor([[[60., 60., 70., 70.]]]), box).item() == 0
 
 
-@pytest.fixture(scope="module")
-def learn():
-    "An untrained network on twelve validation birds of three classes, in batches of five."
-    torch.manual_seed(0)
-    dls = FocusDataLoaders.from_toy(4, 4, n_classes=3, bs=5)
-    return focus_learner(dls, "toy_resnet", pretrained=False)
-
-
 def test_metrics_of_a_learner_agree_with_functions(learn):
     found = localisation(learn)
     assert found.notna().all(axis=None) and (found >= 0).all(axis=None) and (found <= 1).all(axis=None)
