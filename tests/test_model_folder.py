@@ -596,3 +596,58 @@ def test_hub(folder, tmp_path, monkeypatch):
     assert len(sent) == 2
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     with pytest.raises(FileNotFoundError, match="pip install huggingface_hub"): load_focus("somebody/birds")
+
+
+def adaptive(dls, limit, **kwargs): return learner(dls, m=4, l=2, answer="adaptive", look_again_below=limit, **kwargs)
+
+
+def test_the_limit_stands_beside_the_temperature_and_comes_back(dls, tmp_path):
+    "Set after training, as calibration does; a mixed batch answers alike, bit for bit."
+    learn, x = adaptive(dls, .9), torch.rand(6, 3, 64, 64)
+    with torch.no_grad(): sure = learn.model.look(x).heads["image"].softmax(1).amax(1)
+    learn.model.look_again_below = sure.median().item() + 1e-6
+    folder = save_focus(learn, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["look_again_below"] == learn.model.look_again_below and "look_again_below" not in config["options"]
+    net = load_focus(folder)
+    with torch.no_grad(): ours, theirs = net.look(x), learn.model.look(x)
+    assert 0 < ours.looked_again.sum() < 6 and torch.equal(ours.looked_again, theirs.looked_again)
+    assert torch.equal(ours.answer, theirs.answer) and net.config() == learn.model.config()
+
+
+def test_an_old_folder_has_the_limit_among_its_options(dls, tmp_path):
+    folder = save_focus(adaptive(dls, .9), tmp_path / "model")
+    change(folder, drop=["look_again_below"], options=dict(look_again_below=.4))
+    assert load_focus(folder).look_again_below == .4
+    change(folder, look_again_below=.4)                   # in both places, alike
+    assert load_focus(folder).look_again_below == .4
+    change(folder, look_again_below=.7)
+    with pytest.raises(ValueError, match="config.json: look_again_below is 0.7, but 0.4 among the options"):
+        load_focus(folder)
+
+
+@pytest.mark.parametrize("limit", [-.1, float("nan"), float("inf"), "0.9", True, None, [.9]], ids=str)
+def test_a_limit_that_is_none(dls, tmp_path, limit):
+    folder = save_focus(adaptive(dls, .9), tmp_path / "model")
+    change(folder, look_again_below=limit)
+    with pytest.raises(ValueError, match="look_again_below is .*, but should be a number from 0"): load_focus(folder)
+
+
+def test_a_limit_that_would_do_nothing(dls, folder, tmp_path):
+    "A network that treats all pictures alike has no use for one; its option of that name stays where it was."
+    assert "look_again_below" in json.loads((folder / "config.json").read_text())["options"]
+    for place in (folder, save_focus(learner(dls, method="plain"), tmp_path / "plain")):
+        change(place, look_again_below=.9)
+        with pytest.raises(ValueError, match="look_again_below is 0.9, but only answer='adaptive' looks again"):
+            load_focus(place)
+
+
+@pytest.mark.parametrize("limit, said", [
+    (.873, "It looks again where its first look is less than 87.3 % sure."),
+    (0, "It looks at every picture once."), (2., "It looks at every picture twice.")])
+def test_the_card_says_when_it_looks_again(dls, tmp_path, limit, said):
+    folder = save_focus(adaptive(dls, limit), tmp_path / "model")
+    assert said in (folder / "README.md").read_text() and load_focus(folder).look_again_below == limit
+
+
+def test_the_card_of_others_says_nothing_of_it(folder): assert "It looks" not in (folder / "README.md").read_text()

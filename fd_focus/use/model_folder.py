@@ -51,8 +51,7 @@ def preparation(
     resize = resize or list(image_size)
     if other:
         warnings.warn(f"validation pictures pass through {', '.join(other)}, which a model folder cannot record: "
-                      f"prediction will resize them to {resize} pixels and cut out the centre {crop or resize}",
-                      stacklevel=3)
+                      f"prediction will resize them to {resize} and cut out the centre {crop or resize}", stacklevel=3)
     return dict(min_side=getattr(dls, "min_side", None), resize=resize, squash=squash, input_size=crop or resize,
                 mean=stats[0], std=stats[1])
 
@@ -66,18 +65,13 @@ def _shapes(body: nn.Module) -> dict[str, str]:
     tensors = {name.replace("_orig_mod.", ""): str(tuple(t.shape)) for name, t in body.state_dict().items()}
     return {name: "a layer" for name, _ in bare(body).named_children()} | tensors
 
-def _check_arch(
-    body: nn.Module,
-    arch: str,
-    cut: int | str | None = None,
-    arch_kwargs: dict | None = None,
-) -> None:
+def _check_arch(body: nn.Module, arch: str, cut: int | str | None = None, arch_kwargs: dict | None = None) -> None:
     "ValueError where this architecture, up to `cut`, has other layers or weights than `body`, or is unknown."
-    arch_kwargs = arch_kwargs or {}
+    def made(): return build_model(arch, False, **(arch_kwargs or {}))[1]
     with torch.random.fork_rng(devices=[]):                # saving in mid-training changes nothing
         try:
-            with torch.device("meta"): layers = build_model(arch, False, **arch_kwargs)[1]   # shapes, no numbers
-        except RuntimeError: layers = build_model(arch, False, **arch_kwargs)[1]             # RegNet needs its numbers
+            with torch.device("meta"): layers = made()     # shapes, no numbers
+        except RuntimeError: layers = made()               # RegNet needs its numbers
     named = nn.Sequential()
     for name, layer in cut_layers(layers, cut): named.add_module(name, layer)
     has, should = _shapes(body), _shapes(named)
@@ -162,13 +156,11 @@ def _size(value) -> bool:
 def _triple(value) -> bool: return isinstance(value, (list, tuple)) and len(value) == 3 and all(map(_number, value))
 
 def _names(value) -> bool:
-    words = isinstance(value, list) and all(isinstance(name, str) for name in value)
-    return words and 1 < len(value) == len(set(value))
+    return isinstance(value, list) and all(isinstance(v, str) for v in value) and 1 < len(value) == len(set(value))
 
 def _table(value) -> bool: return isinstance(value, dict)
 
-def _arguments(value) -> bool:
-    "Arguments for a body: none of them says where weights lie."
+def _arguments(value) -> bool:      # for a body: none of them says where weights lie
     return _table(value) and not any(name.startswith(_NO_ARGUMENTS) for name in value)
 
 def _metrics(value) -> bool: return _table(value) and (value.get("accuracy") is None or _number(value["accuracy"]))
@@ -190,13 +182,11 @@ _CHECKS = dict(    # name: is it right, what is expected
     mean=(_triple, "three numbers"), std=(lambda v: _triple(v) and min(v) > 0, "three numbers above 0"),
     temperature=(lambda v: _number(v) and v > 0, "a number above 0"),
     threshold=(lambda v: _number(v) and (0 <= v <= 1 or v == 2), "a number from 0 to 1, or 2: no answer is sure"),
+    look_again_below=(lambda v: _number(v) and v >= 0, "a number from 0 (one look) to above 1 (always two)"),
     judged_by=(lambda v: v in ("valid", "test", "train"), "'valid', 'test' or 'train'"),
     sha256=(lambda v: isinstance(v, str), "a checksum"))
 
-def check_config(
-    config: dict,        # of a model folder
-    file: str | Path,    # where it is from, for messages
-) -> None:
+def check_config(config: dict, file: str | Path) -> None:    # of a model folder; where it is from, for messages
     "ValueError names the value of a config that cannot be right, and what was expected."
     if not isinstance(config, dict) or config.get("format") != "fd_focus":
         raise ValueError(f'{file} is not of fd_focus: a model folder of save_focus says "format": "fd_focus" in it')
@@ -222,10 +212,21 @@ def _check_options(cls: type[Method], options: dict) -> None:
         else: good, wanted = True, ""
         if not good: raise ValueError(f"{name} is {value!r}, but should be {wanted}")
 
+# %% ../../nbs/60_model_folder.ipynb #60_model_folder_001
+def _chooses(net: Method) -> bool:
+    "Does it look again at some pictures only?"
+    return hasattr(net, "look_again_below") and getattr(net, "answer", "adaptive") == "adaptive"
+
+def _set_limit(net: Method, limit: float | None, options: dict) -> None:
+    "Give a network the limit of its config. ValueError where it has no use for it, or the options say otherwise."
+    if limit is None: return                               # an old folder has it among the options
+    if not _chooses(net): raise ValueError(f"look_again_below is {limit}, but only answer='adaptive' looks again")
+    if (other := options.get("look_again_below", limit)) != limit:
+        raise ValueError(f"look_again_below is {limit}, but {other} among the options")
+    net.look_again_below = limit
+
 # %% ../../nbs/60_model_folder.ipynb #90_export017
-def judges(
-    config: dict,        # of a model folder
-) -> str:                # 'test' or 'validation'
+def judges(config: dict) -> str:    # of a model folder; 'test' or 'validation'
     "Which pictures its accuracy, temperature and threshold come from; 'validation' where it does not say."
     return "test" if config.get("judged_by") == "test" else "validation"
 
@@ -238,21 +239,18 @@ def _share(settings: dict) -> dict:
 _CARD = """---
 library_name: fd_focus
 pipeline_tag: image-classification
-tags:
-- fine-grained-classification
+tags: [fine-grained-classification]
 ---
 # {arch}, {n} classes
 
 An image classifier of the method `{method}`,
-trained with [fd_focus](https://github.com/fd-focus/fd_focus) {version}.{accuracy}
+trained with [fd_focus](https://github.com/fd-focus/fd_focus) {version}.{accuracy}{looks}
 {picture}
 ## Use it
 
 `pip install fd_focus`, then, with this folder (or the name of its repository on a hub):
-
 ```python
 from fd_focus.use.predict import FocusClassifier
-
 answer = FocusClassifier.load("this/folder").predict("photograph.jpg")
 print(answer.label, answer.probability, answer.boxes)
 ```
@@ -265,6 +263,13 @@ print(answer.label, answer.probability, answer.boxes)
 {classes}
 ```
 {recipe}"""
+
+# %% ../../nbs/60_model_folder.ipynb #60_model_folder_003
+def _when_again(limit: float | None) -> str:
+    "A sentence about when a network looks again, behind others; none for one that treats all pictures alike."
+    if limit is None: return ""
+    if limit == 0 or limit > 1: return f" It looks at every picture {'twice' if limit else 'once'}."
+    return f" It looks again where its first look is less than {100 * limit:.3g} % sure."
 
 # %% ../../nbs/60_model_folder.ipynb #90_export017e
 def write_card(
@@ -280,6 +285,7 @@ def write_card(
     text = _CARD.format(
         arch=config["arch"], n=len(config["classes"]), method=config["method"], version=config["versions"]["fd_focus"],
         accuracy="" if accuracy is None else f" Accuracy on {judges(config)} pictures: **{100 * accuracy:.1f} %**.",
+        looks=_when_again(config.get("look_again_below")),
         picture="\n![What the model looks at](regions.png)\n" if (folder / "regions.png").is_file() else "",
         classes="\n".join(name.replace("`", "'") for name in config["classes"]),
         recipe=f"\n## Recipe\n\n| setting | value |\n|---|---|\n{rows}\n" if rows else "")
@@ -307,6 +313,7 @@ def save_focus(
     given = dict(judged_by=getattr(dls, "judged_by", None), temperature=temperature, threshold=threshold,
                  settings=settings and _share(settings))
     config |= {name: value for name, value in given.items() if value is not None}
+    if _chooses(net): config["look_again_below"] = config["options"].pop("look_again_below", net.look_again_below)
     check_config(config, folder / "config.json")
     _check_options(type(net), config["options"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -339,8 +346,7 @@ def _find_folder(folder: str | Path, revision: str | None) -> Path:
 def _method(config: dict) -> type[Method]:
     "The class of a config's method. ValueError where nobody has registered it."
     if (name := config["method"]) in METHODS: return METHODS[name]
-    raise ValueError(f"its method {name!r} is none of {', '.join(METHODS)}: import the module that registers it, "
-                     "then load again")
+    raise ValueError(f"its method {name!r} is none of {', '.join(METHODS)}: import the module that registers it")
 
 def _build_net(config: dict, file: Path, body: nn.Module | None) -> Method:
     "The network a config describes, with random weights. ValueError names `file`."
@@ -354,7 +360,9 @@ def _build_net(config: dict, file: Path, body: nn.Module | None) -> Method:
         made = {name: tuple(v) if isinstance(v, list) else v for name, v in config.get("arch_kwargs", {}).items()}
         if body is None: body = create_body(config["arch"], False, cut=config.get("cut"), **made)[0]
         options = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
-        return build_method(cls, body, len(config["classes"]), **options)
+        net = build_method(cls, body, len(config["classes"]), **options)
+        _set_limit(net, config.get("look_again_below"), config["options"])
+        return net
     except (ValueError, TypeError, RuntimeError) as error: raise ValueError(f"{file}: {error}") from error
 
 # %% ../../nbs/60_model_folder.ipynb #90_export015g
@@ -381,8 +389,7 @@ def load_focus(
 # %% ../../nbs/60_model_folder.ipynb #90_export024c
 def push_to_hub(
     folder: str | Path,          # a model folder
-    repo_id: str,                # 'owner/name'
-    private: bool = True,
+    repo_id: str, private: bool = True,   # 'owner/name'
     **kwargs,                    # to `huggingface_hub.upload_folder`: commit_message, token, revision, ...
 ) -> str:                        # the address of the repository
     "Upload a model folder (nothing else that lies in it) to the Hugging Face hub, after loading it as a check."

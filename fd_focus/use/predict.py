@@ -120,22 +120,24 @@ class Prediction:
     attention: Tensor | None         # (h,w) over `view`; None where the method has none
     view: Tensor                     # (4,) xyxy: the part of the original that the network saw
     size: tuple[int, int]            # height and width of the original
+    looked_again: bool | None = None # it needed a second look; None: the model treats all pictures alike
 
     def __repr__(self):
-        doubt = "" if self.sure is None else ", sure" if self.sure else ", not sure"
+        doubt = {None: "", True: ", sure", False: ", not sure"}[self.sure]
+        looks = {None: "", True: ", looked again", False: ", one look"}[self.looked_again]
         where = f"{len(self.boxes)} boxes in {self.size[1]}x{self.size[0]} pixels"
-        return f"Prediction({self.label!r}, {self.probability:.3f}{doubt}, {where})"
+        return f"Prediction({self.label!r}, {self.probability:.3f}{doubt}{looks}, {where})"
 
     def as_dict(self) -> dict:
-        "Plain numbers for JSON: label, probability, sure, top5, boxes, scores."
+        "Plain numbers for JSON: label, probability, sure, looked_again, top5, boxes, scores."
         return dict(label=self.label, probability=round(self.probability, 6), sure=self.sure,
-                    top5=[[name, round(p, 6)] for name, p in self.top5],
+                    looked_again=self.looked_again, top5=[[name, round(p, 6)] for name, p in self.top5],
                     boxes=[[round(side, 1) for side in box] for box in self.boxes.tolist()],     # enough for a program
                     scores=[None if math.isnan(score) else round(score, 4) for score in self.scores.tolist()])
 
 # %% ../../nbs/61_predict.ipynb #90_export021
 class FocusPipeline(nn.Module):
-    "Pictures from 0 to 1 in; probabilities out, and boxes, scores and attention where the method has them."
+    "Pictures from 0 to 1 in; probabilities out, and boxes, scores, attention, looked_again where the method has them."
     def __init__(self,
         net: Method,    # from `load_focus`
     ):
@@ -146,13 +148,13 @@ class FocusPipeline(nn.Module):
         self.temperature = float(getattr(net, "about", {}).get("temperature") or 1.)
         weight = next(net.parameters())
         with torch.no_grad(): look = net.look(weight.new_zeros(1, 3, *net.image_size))
-        shown = tuple(name for name in ("boxes", "scores", "attention") if getattr(look, name) is not None)
-        self.outputs = ("probabilities", *shown)
+        shown = ("boxes", "scores", "attention", "looked_again")
+        self.outputs = ("probabilities", *(name for name in shown if getattr(look, name) is not None))
         self.n_boxes = 0 if look.boxes is None else look.boxes.shape[1]
 
     def forward(self,
         image: Tensor,               # (B,3,H,W) RGB from 0 to 1, of the model's input size
-    ) -> tuple[Tensor, ...]:         # (B,C); (B,k,4) xyxy pixels of `image`, best first; (B,k); (B,h,w)
+    ) -> tuple[Tensor, ...]:         # (B,C); (B,k,4) xyxy pixels of `image`, best first; (B,k); (B,h,w); (B,) bool
         "The answer with its reasons, in the order of `outputs`."
         look = self.net.look((image - self.mean) / self.std)
         probabilities = (look.answer / self.temperature).softmax(-1)
@@ -253,7 +255,9 @@ def _one(self: FocusClassifier, found: dict[str, Tensor], view: np.ndarray, size
     boxes = boxes * scale.repeat(2) + view[:2].repeat(2)
     (label, probability), scores = top5[0], found.get("scores", torch.full((len(boxes),), torch.nan))
     sure = None if self.threshold is None else probability >= self.threshold
-    return Prediction(label, probability, sure, top5, probabilities, boxes, scores, found.get("attention"), view, size)
+    again = bool(found["looked_again"]) if "looked_again" in found else None
+    return Prediction(label, probability, sure, top5, probabilities, boxes, scores, found.get("attention"), view, size,
+                      looked_again=again)
 
 # %% ../../nbs/61_predict.ipynb #92_predict033e
 def check_batches(bs: int, workers: int) -> None:
