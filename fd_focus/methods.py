@@ -225,7 +225,8 @@ class _Methods(Mapping):
         return self.places[name]
 
 METHODS = _Methods(plain="fd_focus.methods:PlainNet", focus="fd_focus.focus:FocusNet",
-                   random_regions="fd_focus.evidence.controls:RandomRegionsNet")
+                   random_regions="fd_focus.evidence.controls:RandomRegionsNet",
+                   mixed_regions="fd_focus.evidence.controls:MixedRegionsNet")
 _OURS = frozenset(METHODS)
 
 # %% ../nbs/15_methods.ipynb #15_methods_027

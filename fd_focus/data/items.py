@@ -6,12 +6,13 @@
 __all__ = ['paper_transforms', 'ItemReader', 'LabelReader', 'target_side', 'ToyReader', 'FitResize', 'BalancedDL', 'loader_speed']
 
 # %% ../../nbs/24_items.ipynb #24_items_026
+import math
 import time
 from pathlib import Path
 
 import pandas as pd
 from fastai.data.core import DataLoaders, TfmdDL
-from fastai.vision.augment import FlipItem, RandomCrop, Resize, ResizeMethod
+from fastai.vision.augment import FlipItem, RandomCrop, RandomResizedCrop, Resize, ResizeMethod
 from fastai.vision.core import PILImage
 from PIL import Image
 
@@ -23,12 +24,21 @@ def paper_transforms(
     image_size: int = 448,        # side of what the network sees, pixels
     resize: int | None = None,    # side before cropping; None: 8/7 of it (512 at 448; the other usual choice is 600)
     squash: bool = True,          # True: change the aspect ratio; False: keep it and crop the longer side
+    crop_scale: float | None = None,  # training sees a random part of at least this share of the picture's area
 ) -> list:                        # item transforms
-    "Resize, then random crop and flip in training, centre crop otherwise. Raises ValueError if `resize` is smaller."
+    "Resize, then random crop and flip in training, centre crop otherwise. ValueError for sizes that make no sense."
     resize = round(image_size * 8 / 7) if resize is None else resize
     if resize < image_size: raise ValueError(f"resize={resize} is smaller than image_size={image_size}")
-    method = ResizeMethod.Squish if squash else ResizeMethod.Crop
-    return [Resize(resize, method=method), RandomCrop(image_size), FlipItem()]
+    whole = Resize(resize, method=ResizeMethod.Squish if squash else ResizeMethod.Crop)
+    return [whole, *_random_parts(whole, image_size, crop_scale), RandomCrop(image_size), FlipItem()]
+
+def _random_parts(whole: Resize, image_size: int, crop_scale: float | None) -> list:
+    "Training's crop in place of `whole`, which is left to validation; nothing for crop_scale=None."
+    if crop_scale is None: return []
+    if not 0 < crop_scale <= 1: raise ValueError(f"crop_scale={crop_scale}; use a share above 0, at most 1")
+    parts = RandomResizedCrop(image_size, min_scale=crop_scale)
+    whole.split_idx, parts.split_idx = 1, 0
+    return [parts]
 
 # %% ../../nbs/24_items.ipynb #60_data033
 class ItemReader:
@@ -47,7 +57,9 @@ class LabelReader:
 def target_side(item_tfms: list) -> int | None:
     "Both sides a picture must keep when it is decoded, if the first transform resizes it whole."
     first = item_tfms[0] if item_tfms else None
-    return max(first.size) if isinstance(first, Resize) else None
+    if not isinstance(first, Resize): return None
+    parts = [t for t in item_tfms if isinstance(t, RandomResizedCrop)]       # the smallest still fills its square
+    return max(max(first.size), *(math.ceil(max(t.size) / math.sqrt(t.min_scale)) for t in parts), 0)
 
 # %% ../../nbs/24_items.ipynb #24_items_034
 class ToyReader:

@@ -98,12 +98,13 @@ def _without_doubles(table: pd.DataFrame, path: Path, prints: dict, on_duplicate
     return table[~table.file.isin(drop.file)], why, twice
 
 # %% ../../nbs/25_loaders.ipynb #25_loaders_069
-def _check_arguments(on_bad_image, on_duplicate, item_tfms, resize, squash, kwargs):
+def _check_arguments(on_bad_image, on_duplicate, item_tfms, own, kwargs):
     _known(kwargs)
     if on_bad_image not in ("error", "skip"): raise ValueError(f"on_bad_image={on_bad_image!r}; use 'error' or 'skip'")
     if on_duplicate not in ("warn", "drop"): raise ValueError(f"on_duplicate={on_duplicate!r}; use 'warn' or 'drop'")
-    if item_tfms is not None and (resize is not None or not squash):
-        raise ValueError("item_tfms replace the transforms that resize and squash describe; give one or the other")
+    if item_tfms is not None and own != (None, True, None):
+        raise ValueError("item_tfms replace the transforms that resize, squash and crop_scale describe; give one or "
+                         "the other")
 
 def _reader(path: Path, min_side: int | None, cache, cache_gb: float) -> ItemReader:
     if not cache: return ItemReader(path, min_side)
@@ -127,6 +128,7 @@ def from_table(cls: FocusDataLoaders,
     image_size: int = 448,            # side of what the network sees, pixels
     resize: int | None = None,        # see `paper_transforms`
     squash: bool = True,              # see `paper_transforms`
+    crop_scale: float | None = None,  # see `paper_transforms`
     item_tfms: list | None = None,    # instead of `paper_transforms`; must end in pictures of `image_size`
     batch_tfms: list | None = None,   # normalisation is added by the learner, which knows the body
     on_bad_image: str = "error",      # 'error' names files that cannot be read; 'skip' leaves them out, see `.skipped`
@@ -139,14 +141,14 @@ def from_table(cls: FocusDataLoaders,
     **kwargs,
 ) -> "FocusDataLoaders":
     "DataLoaders of a table. ValueError: broken pictures or classes; DataWarning: what is left out or there twice."
-    _check_arguments(on_bad_image, on_duplicate, item_tfms, resize, squash, kwargs)
+    _check_arguments(on_bad_image, on_duplicate, item_tfms, (resize, squash, crop_scale), kwargs)
     path, classes, own = Path(path), set(table.label), item_tfms is None
     judged_by = table.attrs.get("judged_by", "valid")
     table, bad, prints = _without_bad(table, path, on_bad_image)
     table, doubled, twice = _without_doubles(table, path, prints, on_duplicate)
     table = table.reset_index(drop=True)
     check_table(table, classes)
-    if own: item_tfms = paper_transforms(image_size, resize, squash)
+    if own: item_tfms = paper_transforms(image_size, resize, squash, crop_scale)
     min_side = target_side(item_tfms)
     block = DataBlock((ImageBlock, CategoryBlock(vocab=sorted(table.label.unique()))), get_y=LabelReader(table),
                       get_x=_reader(path, min_side, cache, cache_gb), item_tfms=item_tfms, batch_tfms=batch_tfms,

@@ -46,6 +46,7 @@ class DataSettings:
     on_duplicate: Literal["warn", "drop"] = setting("warn", "folder: warn of pictures found twice, or drop them")
     balance: bool = setting(False, "folder: draw every class equally often in training")
     cache: str | None = setting(None, "folder: where to keep large pictures, reduced")
+    crop_scale: float | None = setting(None, "folder: train on random parts of at least this share of a picture")
     split: Literal["valid", "test"] = setting("valid", "toy: judge by validation or by test birds")
     n_classes: int = setting(12, "toy: number of classes")
     images_per_class: int = setting(80, "toy: training birds a class")
@@ -54,7 +55,7 @@ class DataSettings:
     clutter: float = setting(.5, "toy: things in the background")
 
 TOY_SETTINGS = ("split", "n_classes", "images_per_class", "valid_per_class", "mark_size", "clutter")
-FOLDER_SETTINGS = ("valid_pct", "on_bad_image", "on_duplicate", "balance", "cache")
+FOLDER_SETTINGS = ("valid_pct", "on_bad_image", "on_duplicate", "balance", "cache", "crop_scale")
 
 # %% ../../nbs/35_settings.ipynb #35_settings_073
 @dataclass(frozen=True)
