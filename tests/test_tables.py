@@ -9,7 +9,7 @@ from conftest import photograph, two_classes
 
 from fd_focus.data.loaders import FocusDataLoaders
 from fd_focus.data.pictures import DataWarning
-from fd_focus.data.tables import check_apart, check_table, csv_table, folder_table, stratified_split
+from fd_focus.data.tables import check_apart, check_table, csv_table, folder_table, stratified_split, with_parts
 
 pytestmark = pytest.mark.usefixtures("no_memory_of_earlier_checks")
 
@@ -291,3 +291,71 @@ def test_a_share_of_every_class():
         assert pd.Series(held).groupby(labels).sum().to_dict() == {"a": 2, "b": 1, "c": 1, "d": 0}
     for pct in (0, 1, -.1):
         with pytest.raises(ValueError, match="use a share between 0 and 1"): stratified_split(labels, pct)
+
+
+# Parts
+
+def write_parts(folder, text): (folder / "parts.csv").write_text("file,part,x,y\n" + text)
+
+
+def test_parts_beside_every_layout(folder):
+    "The same points, whichever way the folder says what its pictures are."
+    write_parts(folder, "a/00.jpg,tail,1,2\n a/00.jpg , beak ,63.5,48\nb/15.jpg,beak,0,0\n")
+    plain = folder_table(folder)
+    rows = plain[["file", "label"]]
+    for names in (rows.file, "./" + rows.file, [str(folder / file) for file in rows.file]):
+        rows.assign(file=names, split=np.resize(["train", "test"], 16)).to_csv(folder / "split.csv", index=False)
+        for table in (folder_table(folder), plain):
+            assert table.attrs["part_names"] == ["beak", "tail"]
+            assert table.parts[0].tolist() == [[63.5, 48, 0], [1, 2, 0]] and table.parts[0].dtype == np.float32
+            assert np.stack(table.visible).sum(0).tolist() == [2, 1] and table.visible[15].tolist() == [True, False]
+            assert np.isnan(np.stack(table.box)).all()
+    chosen = folder_table(folder, valid_pct=.5)           # parts of pictures that are left for later do no harm
+    assert len(chosen) == 8 and chosen.attrs == {"judged_by": "train", "part_names": ["beak", "tail"]}
+
+
+def test_parts_of_boxed_pictures_keep_the_boxes(folder):
+    folder_table(folder).assign(x0=1, y0=2, x1=30, y1=40).to_csv(folder / "split.csv", index=False)
+    write_parts(folder, "a/00.jpg,tail,1,2\n")
+    assert folder_table(folder).box[0].tolist() == [1, 2, 30, 40]
+    dls = loaders(folder)
+    assert dls.truth(["a/00.jpg"])["parts"].shape == (1, 1, 3) and dls.table.attrs["part_names"] == ["tail"]
+
+
+@pytest.mark.parametrize("text, says", [
+    ("a/00.jpg,tail,1,2\na/99.jpg,tail,1,2\n", r"line 3 names a/99.jpg, which is not in .*pictures$"),
+    ("a/00.jpg,tail,1,2\na/02.jpg,tail,1,\n", "line 3 has no number for x or y"),
+    ("a/00.jpg,tail,left,2\n", "line 2 has no number for x or y"),
+    ("a/00.jpg,tail,inf,2\n", "line 2 has no number for x or y"),
+    ("a/00.jpg,,1,2\n", "line 2 has no file or no part"), (",tail,1,2\n", "line 2 has no file or no part"),
+    ("a/00.jpg,tail,1,2\na/00.jpg,beak,1,2\n./a/00.jpg,tail,3,4\n", "line 4 names a part for the second time"),
+    ("a/00.jpg,tail,1,2\na/02.jpg,tail,64.5,2\na/04.jpg,tail,1,-1\n",
+     r"line 3: \(64.5, 2\) lies outside of a/02.jpg, which has 64x48 pixels; 2 of 3 points do"),
+])
+def test_what_is_wrong_with_parts(folder, text, says):
+    write_parts(folder, text)
+    with pytest.raises(ValueError, match=f"parts.csv: {says}"): folder_table(folder)
+
+
+def test_parts_without_a_column(folder):
+    (folder / "parts.csv").write_text("file,name,x,y\na/00.jpg,tail,1,2\n")
+    with pytest.raises(ValueError, match="parts.csv has no column part; it has file, name, x, y"): folder_table(folder)
+    with pytest.raises(FileNotFoundError, match="no file .*points.csv"):
+        with_parts(pd.DataFrame({"file": ["a/00.jpg"]}), folder / "points.csv")
+
+
+def test_a_broken_picture_with_parts_is_left_to_the_loaders(folder):
+    (folder / "a" / "00.jpg").write_bytes(b"no picture")
+    write_parts(folder, "a/00.jpg,tail,1000,2\na/02.jpg,tail,1,2\n")
+    with pytest.raises(ValueError, match="1 of 16 pictures cannot be read"): loaders(folder)
+    with pytest.warns(DataWarning): dls = loaders(folder, on_bad_image="skip")
+    assert len(dls.table) == 15 and dls.table.attrs["part_names"] == ["tail"]
+
+
+def test_parts_of_real_birds(data):
+    table = folder_table(data / "cub_birds50")
+    points = pd.read_csv(data / "cub_birds50" / "parts.csv")
+    assert len(table) == 2952 and np.stack(table.visible).sum() == len(points) == 35022
+    one = points.iloc[20_000]
+    row, place = table.set_index("file").loc[one.file], table.attrs["part_names"].index(one.part)
+    assert row.visible[place] and np.allclose(row.parts[place], [one.x, one.y, 0], atol=1e-4)

@@ -112,3 +112,22 @@ def test_a_table_without_boxes_says_so(folder):
     dls = FocusDataLoaders.from_folder(folder, image_size=32, bs=4, num_workers=0)
     for ask in (lambda: dls.truth(["a/00.jpg"]), dls.pictures_with_truth):
         with pytest.raises(ValueError, match="know no boxes: localisation needs a table with a column 'box'"): ask()
+
+
+@pytest.mark.parametrize("squash", [True, False])
+def test_points_of_a_csv_against_pixels(red_boxes, tmp_path, squash):
+    "The middle of each red box, given in a parts.csv, is the middle of the red that the network sees."
+    rows = red_boxes.assign(split=red_boxes.split.replace("valid", "test"))
+    rows[["file", "label", "split"]].to_csv(tmp_path / "split.csv", index=False)
+    points = [(row.file, name, *point[:2]) for row in rows.itertuples()
+              for name, point in zip(("red", "edge"), row.parts) if name == "red" or row.file != "7.jpg"]
+    pd.DataFrame(points, columns=["file", "part", "x", "y"]).to_csv(tmp_path / "parts.csv", index=False)
+    dls = FocusDataLoaders.from_folder(tmp_path, image_size=112, squash=squash, bs=6, num_workers=0)
+    x, found = dls.valid.one_batch()[0].as_subclass(torch.Tensor), dls.truth(dls.valid_ds.items)
+    assert dls.table.attrs["part_names"] == ["edge", "red"] and np.isnan(found["box"]).all()
+    for picture, (edge, red), visible in zip(x, found["parts"], found["visible"]):
+        rows, columns = (picture[0] > .5).nonzero().T
+        if not len(rows): assert not visible[1]; continue
+        seen = np.array([columns.min() + columns.max() + 1, rows.min() + rows.max() + 1]) / 2
+        if columns.min() > 0 and rows.min() > 0: assert np.abs(seen - red[:2]).max() <= 2 and visible[1]
+        assert not visible[0] and red[2] == 0                      # the corner is cropped away
