@@ -26,7 +26,7 @@ def dls(): return FocusDataLoaders.from_toy(2, 1, image_size=64, n_classes=3, bs
 
 def learner(dls, settle=True, **kwargs):
     torch.manual_seed(0)
-    learn = focus_learner(dls, kwargs.pop("arch", "toy_resnet"), pretrained=False, **kwargs)
+    learn = focus_learner(dls, kwargs.pop("arch", "toy_resnet"), pretrained=False, **dict(preset=None) | kwargs)
     if settle: shaken(learn.model)
     return learn
 

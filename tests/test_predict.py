@@ -45,7 +45,7 @@ def birds(tmp_path_factory):
 
 def make(dls, folder, arch="toy_resnet", extras=(), **kwargs):
     torch.manual_seed(0)
-    learn = focus_learner(dls, arch, pretrained=False, **kwargs)
+    learn = focus_learner(dls, arch, pretrained=False, **dict(preset=None) | kwargs)
     shaken(learn.model)
     return learn, save_focus(learn, folder, **dict(extras))
 
@@ -291,6 +291,92 @@ def test_plain_model(birds, tmp_path):
     assert draw_prediction(birds / items[0], found[0]).size == found[0].size[::-1]
 
 
+@pytest.fixture(scope="module")
+def choosy(birds, tmp_path_factory):
+    "A model that looks again at about half of the birds, and where it does not at all, or always."
+    dls = FocusDataLoaders.from_folder(birds, image_size=64, bs=4, num_workers=0)
+    place = tmp_path_factory.mktemp("choosy")
+    learn, folder = make(dls, place / "image", m=4, l=2, answer="image")
+    files = sorted(birds.rglob("*.jpg"))
+    first = sorted(found.probability for found in FocusClassifier.load(folder, "cpu").predict(files))
+    for name, answer, limit in (("ensemble", "ensemble", .9), ("never", "adaptive", 0), ("always", "adaptive", 2.),
+                                ("half", "adaptive", (first[14] + first[15]) / 2)):
+        learn.model.answer, learn.model.look_again_below = answer, limit
+        save_focus(learn, place / name)
+    return place
+
+
+def ask_all(choosy, name, files, **kwargs): return FocusClassifier.load(choosy / name, "cpu").predict(files, **kwargs)
+
+
+def test_a_mixed_batch_answers_as_picture_by_picture(choosy, birds):
+    "And each as the network that always looks once, or always twice."
+    files = sorted(birds.rglob("*.jpg"))
+    once, twice, mixed, alone = (ask_all(choosy, name, files, bs=bs)
+                                 for name, bs in (("image", 16), ("ensemble", 16), ("half", 16), ("half", 1)))
+    assert sum(found.looked_again for found in mixed) == 15
+    limit = json.loads((choosy / "half" / "config.json").read_text())["look_again_below"]
+    for first, both, found, single in zip(once, twice, mixed, alone, strict=True):
+        assert first.looked_again is None and both.looked_again is None
+        assert found.looked_again is single.looked_again is (first.probability < limit)
+        assert torch.allclose(found.probabilities, single.probabilities, atol=1e-5)
+        assert torch.allclose(found.probabilities, (both if found.looked_again else first).probabilities, atol=1e-5)
+        assert torch.equal(found.boxes, single.boxes) and found.boxes.shape == (2, 4)   # of one look too
+        assert found.attention is not None and found.as_dict()["looked_again"] is found.looked_again
+        assert (", looked again, " if found.looked_again else ", one look, ") in repr(found)
+    changed = max((a.probabilities - b.probabilities).abs().max() for a, b in zip(once, twice))
+    assert changed > 1e-3                              # the second look does say something else
+
+
+@pytest.mark.parametrize("name, like, looked", [("never", "image", False), ("always", "ensemble", True)])
+def test_at_its_ends_the_limit_is_one_look_or_two(choosy, birds, name, like, looked):
+    files = sorted(birds.rglob("*.jpg"))[:8]
+    for found, want in zip(ask_all(choosy, name, files), ask_all(choosy, like, files), strict=True):
+        assert found.looked_again is looked and torch.allclose(found.probabilities, want.probabilities, atol=1e-6)
+
+
+def test_only_the_unsure_pictures_of_a_batch_are_passed_again(choosy, birds, monkeypatch):
+    classifier, passed = FocusClassifier.load(choosy / "half", "cpu"), []
+    net, look = classifier.pipeline.net, classifier.pipeline.net.second_look
+    monkeypatch.setattr(net, "second_look", lambda x, boxes: passed.append(len(x)) or look(x, boxes))
+    found = classifier.predict(sorted(birds.rglob("*.jpg")), bs=10)
+    assert passed == [n for n in (sum(one.looked_again for one in found[i:i + 10]) for i in (0, 10, 20)) if n]
+
+
+def test_the_limit_is_of_the_first_look_as_it_was_trained(choosy, birds, tmp_path):
+    "A temperature changes what is reported, and not who looks again."
+    shutil.copytree(choosy / "half", tmp_path / "hot")
+    config = json.loads((tmp_path / "hot/config.json").read_text())
+    (tmp_path / "hot/config.json").write_text(json.dumps(config | dict(temperature=3.)))
+    files = sorted(birds.rglob("*.jpg"))
+    for hot, cold in zip(FocusClassifier.load(tmp_path / "hot", "cpu").predict(files), ask_all(choosy, "half", files)):
+        assert hot.looked_again is cold.looked_again
+        assert torch.allclose((cold.probabilities.log() / 3).softmax(-1), hot.probabilities, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_rows_say_who_looked_again(choosy, birds, tmp_path, kind):
+    (tmp_path / "bad.jpg").write_text("no picture")
+    out, files = tmp_path / f"rows.{kind}", sorted(birds.rglob("*.jpg"))
+    run = ask(choosy / "half", birds, tmp_path / "bad.jpg", "--out", out, "--regions", tmp_path / "seen", "--bs", 7)
+    assert run.stderr.splitlines()[-1] == "31 pictures, 15 looked again (50 %), 1 failed: see the last column"
+    want = [found.looked_again for found in ask_all(choosy, "half", files)]
+    if kind == "csv":
+        table = pd.read_csv(out, keep_default_na=False)
+        assert list(table.columns[:5]) == ["file", "label", "probability", "sure", "looked_again"]
+        assert list(table.looked_again) == [str(looked) for looked in want] + [""] and table.error.iloc[-1]
+    else:
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        assert [row["looked_again"] for row in rows[:-1]] == want and "looked_again" not in rows[-1]
+    assert len(list((tmp_path / "seen").rglob("*.jpg"))) == 30             # also where one look was enough
+
+
+def test_a_model_that_was_asked_about_nothing_readable_says_no_share(choosy, tmp_path):
+    (tmp_path / "bad.jpg").write_text("no picture")
+    run = ask(choosy / "half", tmp_path / "bad.jpg")
+    assert run.returncode == 1 and run.stderr.splitlines()[-1] == "1 pictures, 1 failed: see the last column"
+
+
 class Alone(Method):
     "Boxes without scores."
     def __init__(self, body, n_classes, image_size=448):
@@ -398,7 +484,8 @@ def test_a_picture_that_cannot_be_drawn_keeps_its_answer(model, birds, tmp_path,
         monkeypatch.setattr("fd_focus.use.files.draw_prediction", draw)
         for kind in ("jsonl", "csv"):
             text, seen = io.StringIO(), tmp_path / f"{number}{kind}"
-            assert predict_files(classifier, files, Rows(text, kind, 3, 4), regions=seen, bs=2) == (4, 1)
+            tally = predict_files(classifier, files, Rows(text, kind, 3, 4), regions=seen, bs=2)
+            assert str(tally) == "4 pictures, 1 failed: see the last column" and tally.answered == 4
             rows = (
                 [json.loads(line) for line in text.getvalue().splitlines()]
                 if kind == "jsonl"
@@ -430,7 +517,7 @@ def test_an_error_without_words_has_its_name(model):
     Rows(text, "csv", 3, 4, header=False).write("x.jpg", MemoryError())
     assert text.getvalue().splitlines() == [
         '{"file": "x.jpg", "error": "MemoryError()"}',
-        "x.jpg" + "," * 16 + "MemoryError()",
+        "x.jpg" + "," * 17 + "MemoryError()",
     ]
 
 
@@ -469,12 +556,14 @@ def test_folder_to_csv(model, birds, tmp_path):
     assert run.returncode == 0 and not run.stdout and "30 pictures" in run.stderr, run.stderr
     table = pd.read_csv(out)
     files = sorted(birds.rglob("*.jpg"))
-    assert list(table.file) == [str(f) for f in files] and table.error.isna().all() and table.sure.isna().all()
+    assert list(table.file) == [str(f) for f in files] and table.error.isna().all()
+    assert table.sure.isna().all() and table.looked_again.isna().all() and "looked again" not in run.stderr
     assert list(table.columns) == [
         "file",
         "label",
         "probability",
         "sure",
+        "looked_again",
         "label_2",
         "probability_2",
         "label_3",
@@ -703,7 +792,7 @@ def test_ten_thousand_pictures_in_constant_memory(model, birds):
         "files = sorted(map(str, Path(sys.argv[2]).rglob('*.jpg'))); peak = {}\n"
         "class Sink(io.StringIO):\n    def write(self, text): pass\n"
         "for n in (1000, 10000):\n"
-        "    assert predict_files(c, (files[i % 30] for i in range(n)), Rows(Sink(), 'csv', 3, 4)) == (n, 0)\n"
+        "    assert predict_files(c, (files[i % 30] for i in range(n)), Rows(Sink(), 'csv', 3, 4)).answered == n\n"
         "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
     )
     run = subprocess.run([sys.executable, "-c", code, model, birds], capture_output=True, text=True)
@@ -745,10 +834,8 @@ def test_regions_never_overwrite_other_pictures(model, birds, tmp_path, monkeypa
         predict_files(classifier, ["a.bmp"], rows(), Path("mine"))
     assert Path("mine/a.jpg").read_bytes() == before
     for _ in range(2):
-        assert predict_files(classifier, ["a.bmp", "a.bmp.png"], rows(), Path("seen")) == (
-            2,
-            0,
-        )  # again: over its own drawings
+        tally = predict_files(classifier, ["a.bmp", "a.bmp.png"], rows(), Path("seen"))    # again: over its drawings
+        assert (tally.pictures, tally.failed) == (2, 0)
     assert sorted(file.name for file in Path("seen").glob("*.png")) == ["a.bmp.2.png", "a.bmp.png"]
 
 

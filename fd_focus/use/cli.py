@@ -57,8 +57,8 @@ def _device(device: str | None) -> str | None:
     import torch
     return f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else None
 
-def _write_rows(classifier, files, out: Path | None, kind: str, header: bool, **options) -> tuple[int, int]:
-    "Pictures predicted, and how many of them failed."
+def _write_rows(classifier, files, out: Path | None, kind: str, header: bool, **options):
+    "Predict pictures; the `Tally` of them."
     from fd_focus.use.files import Rows, predict_files
     if out: out.parent.mkdir(parents=True, exist_ok=True)
     as_text = dict(newline="", encoding="utf-8", errors="surrogateescape")
@@ -83,7 +83,7 @@ def fd_focus_predict(
     rank: int = None,         # of several processes, each takes its share of the pictures: which one this is (or RANK)
     world: int = None,        # how many processes there are (or WORLD_SIZE); --out then gets .rank0, .rank1, ...
 ):
-    """Classify pictures: one row each with class, probability, top 5, regions and their attention.
+    """Classify pictures: one row each with class, probability, looks, top 5, regions and their attention.
     The exit status is 1 if any failed, but 0 under torchrun."""
     prepare()
     from fd_focus.use.files import check_kind, find_pictures
@@ -100,10 +100,9 @@ def fd_focus_predict(
     files = find_pictures(paths, _any_name(sys.stdin) if "-" in paths else (), me, processes, drawings)
     classifier = FocusClassifier.load(model, _device(device))
     header = bool(file) or me == 0
-    done, failed = _write_rows(classifier, files, file, kind, header, regions=drawings, bs=bs, workers=workers)
-    bad = f", {failed} failed: see the last column" if failed else ""
-    print(f"{done} pictures{bad}" if done else "no pictures were given", file=sys.stderr)
-    if (failed or not done) and not _launched(rank, world): sys.exit(1)     # torchrun would end the other processes
+    tally = _write_rows(classifier, files, file, kind, header, regions=drawings, bs=bs, workers=workers)
+    print(tally, file=sys.stderr)
+    if (tally.failed or not tally.pictures) and not _launched(rank, world): sys.exit(1)    # torchrun would end others
 
 # %% ../../nbs/67_cli.ipynb #95_cli_eval1
 @command
@@ -111,12 +110,12 @@ def fd_focus_evaluate(
     model: str,               # model folder, or owner/name on the Hugging Face hub
     folder: str,              # labelled pictures: class folders, or a split.csv of file,label,split
     split: str = None,        # only this part: the sub-folder, or the rows of split.csv, of this name, such as test
-    out: str = None,          # CSV file for a row a picture: file, label, answer, probability, sure, error
+    out: str = None,          # CSV file, a row a picture: file, label, answer, probability, sure, looked_again, error
     bs: int = 16,             # pictures a batch
     workers: int = 2,         # threads that open pictures
     device: str = None,       # cpu, cuda, cuda:1, ...; not given: a GPU where there is one
 ):
-    "Judge a model on labelled pictures: accuracy, how often sure and right, calibration, confusions."
+    "Judge a model on labelled pictures: accuracy, how often sure and right, cost of an answer, confusions."
     prepare()
     from fd_focus.use.evaluate import evaluate, labelled_pictures
     from fd_focus.use.predict import FocusClassifier

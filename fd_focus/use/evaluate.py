@@ -16,6 +16,7 @@ from scipy.stats import binomtest
 
 from ..data.tables import class_folders, csv_rows, some_names
 from ..evidence.calibration import confused_pairs, expected_calibration_error
+from ..evidence.comparison import multiply_adds
 from .predict import FocusClassifier
 
 # %% ../../nbs/63_evaluate.ipynb #93_evaluate006
@@ -53,17 +54,35 @@ def labelled_pictures(
                          f"classes are {some_names(classes, 5)}. Is a part of it meant (split='test')?")
     return pd.DataFrame(dict(file=[str(folder / name) for name in table.file], label=list(table.label)))
 
+# %% ../../nbs/63_evaluate.ipynb #63_evaluate_007
+def _many(n: float) -> str:
+    "A number of multiply-adds, in words."
+    return f"{n / 1e9:.2f} billion multiply-adds" if n >= 5e7 else f"{n / 1e6:.1f} million multiply-adds"
+
+def _price(
+    cost: float,                  # of the average answer, multiply-adds
+    one_look: float | None,       # of one look; None: there is no choice
+    looked_again: float | None,   # share of the answers with a second look
+) -> str:
+    "What an answer costs, in a line."
+    if one_look is None: return f"an answer costs {_many(cost)}"
+    return (f"{100 * looked_again:.0f} % of the pictures looked again: an answer costs {cost / one_look:.2f} times one "
+            f"look ({_many(cost)})")
+
 # %% ../../nbs/63_evaluate.ipynb #93_evaluate008
 @dataclass(frozen=True)
 class Evaluation:
     "How a saved model did on labelled pictures."
-    rows: pd.DataFrame          # a row a picture: file, label, answer, probability, sure, error
+    rows: pd.DataFrame          # a row a picture: file, label, answer, probability, sure, looked_again, error
     accuracy: float             # 0 to 1, of all pictures; one that could not be read counts as wrong
     interval: tuple[float, float]  # 95 %, Wilson's
     sure: float | None          # share of the pictures with a sure answer; None: the model has no threshold
     sure_accuracy: float | None # of those; None: there are none
     ece: float                  # expected calibration error of what was answered
     confused: pd.DataFrame      # is, taken_for, count, of; most frequent first
+    cost: float                 # multiply-adds of the average answer
+    one_look: float | None = None      # and of one look, where only some pictures get a second; None: all are alike
+    looked_again: float | None = None  # share of the answered pictures that got one
 
     def __str__(self):
         low, high = (f"{100 * share:.1f}" for share in self.interval)
@@ -75,6 +94,7 @@ class Evaluation:
         if self.sure is not None:
             right = "" if self.sure_accuracy is None else f", and right in {100 * self.sure_accuracy:.1f} % of those"
             lines.append(f"sure of {100 * self.sure:.1f} %{right}")
+        lines.append(_price(self.cost, self.one_look, self.looked_again))
         lines.append(f"calibration error {100 * self.ece:.1f} %")
         for is_, taken_for, count, of in self.confused.head(5)[["is", "taken_for", "count", "of"]].to_numpy():
             lines.append(f"{is_} taken for {taken_for}: {count} of {of}")
@@ -85,14 +105,27 @@ def _rows(classifier: FocusClassifier, pictures: pd.DataFrame, bs: int, workers:
     "A row a picture, and the probabilities (N,C) of those that were answered. ValueError if none was."
     rows, answered = [], []
     for (file, found), label in zip(classifier.stream(pictures.file, bs, workers), pictures.label):
-        if isinstance(found, Exception): rows.append((file, label, "", float("nan"), False, str(found)))
+        if isinstance(found, Exception): rows.append((file, label, "", float("nan"), False, None, str(found)))
         else:
-            rows.append((file, label, found.label, found.probability, found.sure, ""))
+            rows.append((file, label, found.label, found.probability, found.sure, found.looked_again, ""))
             answered.append(found.probabilities)
-    rows = pd.DataFrame(rows, columns=["file", "label", "answer", "probability", "sure", "error"])
+    rows = pd.DataFrame(rows, columns=["file", "label", "answer", "probability", "sure", "looked_again", "error"])
     if answered: return rows, torch.stack(answered)
     raise ValueError(f"none of the {len(rows)} pictures could be read; the first: {rows.error.iloc[0]}")
 
+# %% ../../nbs/63_evaluate.ipynb #63_evaluate_010
+def _costs(
+    classifier: FocusClassifier,
+    answered: pd.DataFrame,       # rows of the pictures that were answered
+) -> dict:                        # looked_again, cost, one_look, as in `Evaluation`
+    "What the average answer cost."
+    net, size = classifier.pipeline.net, classifier.input_size
+    share = None if answered.looked_again.isna().all() else float(answered.looked_again.astype(float).mean())
+    if share is None or not hasattr(net, "look_again_below"):            # without a limit, there is one cost
+        return dict(looked_again=share, cost=multiply_adds(net, size))
+    return dict(looked_again=share, cost=multiply_adds(net, size, share), one_look=multiply_adds(net, size, 0.))
+
+# %% ../../nbs/63_evaluate.ipynb #63_evaluate_011
 def evaluate(
     classifier: FocusClassifier,
     pictures: pd.DataFrame,     # columns file, label, from `labelled_pictures`
@@ -109,4 +142,4 @@ def evaluate(
         sure=None if sure is None else float(sure.mean()),
         sure_accuracy=float(right[sure].mean()) if sure is not None and sure.any() else None,
         ece=expected_calibration_error(probabilities, targets),
-        confused=confused_pairs(probabilities.log(), targets, classifier.classes))
+        confused=confused_pairs(probabilities.log(), targets, classifier.classes), **_costs(classifier, read))

@@ -212,7 +212,7 @@ def _check_options(cls: type[Method], options: dict) -> None:
         else: good, wanted = True, ""
         if not good: raise ValueError(f"{name} is {value!r}, but should be {wanted}")
 
-# %% ../../nbs/60_model_folder.ipynb #60_model_folder_001
+# %% ../../nbs/60_model_folder.ipynb #60_model_folder_008
 def _chooses(net: Method) -> bool:
     "Does it look again at some pictures only?"
     return hasattr(net, "look_again_below") and getattr(net, "answer", "adaptive") == "adaptive"
@@ -264,7 +264,7 @@ print(answer.label, answer.probability, answer.boxes)
 ```
 {recipe}"""
 
-# %% ../../nbs/60_model_folder.ipynb #60_model_folder_003
+# %% ../../nbs/60_model_folder.ipynb #60_model_folder_010
 def _when_again(limit: float | None) -> str:
     "A sentence about when a network looks again, behind others; none for one that treats all pictures alike."
     if limit is None: return ""
