@@ -12,6 +12,7 @@ from conftest import photograph
 from fd_focus.data.benchmarks import aircraft_table, cars_table, cub_table
 from fd_focus.data.loaders import FocusDataLoaders
 from fd_focus.data.pictures import DataWarning
+from fd_focus.evidence.localisation import BIRD_GROUPS
 
 pytestmark = pytest.mark.usefixtures("no_memory_of_earlier_checks")
 
@@ -40,6 +41,9 @@ def test_cub_index(data, tmp_path):
     assert first.parts.shape == (15, 3) and first.visible.dtype == bool
     # The beak (part 2) of the first bird, and a left eye (part 7) that does not show, as part_locs.txt has them.
     assert first.parts[1].tolist() == [312, 182, 0] and first.visible[1] and not first.visible[6]
+    names = table.attrs["part_names"]
+    assert names[1] == "beak" and names[6] == "left eye"
+    assert set(names) == {part for parts in BIRD_GROUPS.values() for part in parts}
     assert last.label == "200.Common_Yellowthroat" and last.file.startswith("images/200.Common_Yellowthroat/")
     # Every row against the raw files, read without pandas.
     lines = lambda name: [line.split() for line in (root / name).read_text().splitlines()]

@@ -35,6 +35,11 @@ def _cub_parts(file: Path, n: int) -> dict[str, list]:
     values = rows[["x", "y", "visible"]].to_numpy(np.float32).reshape(n, -1, 3)
     return dict(visible=list(values[..., 2] > 0), parts=list(values * np.array([1, 1, 0], np.float32)))
 
+def _cub_part_names(file: Path) -> dict[str, list[str]]:
+    "part_names, for `attrs` of a table; nothing where the file is not there."
+    if not file.is_file(): return {}
+    return dict(part_names=[line.split(" ", 1)[1].strip() for line in file.read_text().splitlines() if line.strip()])
+
 # %% ../../nbs/22_benchmarks.ipynb #22_benchmarks_024
 def cub_table(
     path: str | Path,                # folder with images.txt, bounding_boxes.txt, parts/, images/, or the one above it
@@ -54,6 +59,7 @@ def cub_table(
     table["box"] = list(np.stack([table.x, table.y, table.x + table.w, table.y + table.h], 1).astype(np.float32))
     if (locations := path / "parts" / "part_locs.txt").is_file():
         table = table.assign(**_cub_parts(locations, len(table)))
+        table.attrs |= _cub_part_names(locations.with_name("parts.txt"))
     table["file"] = [f"images/{file}" for file in table.file]
     table["split"] = np.where(table.train == 1, "train", "valid")
     columns = [name for name in ("file", "label", "split", "box", "parts", "visible") if name in table]
