@@ -194,22 +194,31 @@ def unsure(self: FocusNet, logits: Tensor) -> Tensor:
     return logits.softmax(1).amax(1) < self.look_again_below
 
 @patch
+def _ask_again(self: FocusNet, x: Tensor, image: Tensor, logits: Tensor, boxes: Tensor, unsure: Tensor) -> Tensor:
+    "Logits (B,C): the ensemble's of the unsure pictures, which alone are cropped, the image head's of the others."
+    rows = unsure.nonzero()[:, 0]                        # the one wait for the device
+    if torch.compiler.is_exporting(): torch._check(rows.shape[0] > 0)
+    elif not len(rows): return logits
+    features = self.second_look(x[rows], boxes[rows])
+    heads = dict(image=logits[rows], region=self.region_head(features))
+    if self.hybrid: heads["hybrid"] = self.hybrid_logits(image[rows], features)
+    return logits.index_copy(0, rows, self.teacher(heads).to(logits.dtype))
+
+@patch
 def _look_again(self: FocusNet, x: Tensor) -> Look:
     "One look; only where the image head is unsure, the second look and the ensemble's answer."
     image, logits, attention, scores, boxes = self.first_look(x, self.l)
-    unsure, answer = self.unsure(logits), logits
-    rows = unsure.nonzero()[:, 0]                        # the one wait for the device
-    if len(rows):
-        features = self.second_look(x[rows], boxes[rows])
-        heads = dict(image=logits[rows], region=self.region_head(features))
-        if self.hybrid: heads["hybrid"] = self.hybrid_logits(image[rows], features)
-        answer = answer.index_copy(0, rows, self.teacher(heads).to(answer.dtype))
+    unsure = self.unsure(logits)
+    seen = x, image, logits, boxes, unsure
+    if torch.compiler.is_exporting():                    # a branch of the graph, run where somebody is unsure
+        answer = torch.cond(unsure.any(), self._ask_again, lambda x, image, logits, *_: logits.clone(), seen)
+    else: answer = self._ask_again(*seen)
     return Look(answer, dict(image=logits), boxes, scores, attention, unsure)
 
 @patch
 def look(self: FocusNet, x: Tensor) -> Look:
     "The answer with the regions it rests on; the top m where it rests on none."
-    if self.answer == "adaptive" and not torch.compiler.is_exporting(): return self._look_again(x)  # no export can
+    if self.answer == "adaptive": return self._look_again(x)
     return self._look(x, self.used, self.used or self.m)
 
 @patch

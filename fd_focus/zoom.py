@@ -37,8 +37,9 @@ def _zoom_equal(images: Tensor, boxes: Tensor, size: tuple[int, int], region: tu
     # One plane a row: `interpolate` takes its slow path for many channels of an odd number.
     planes = pixels.reshape(b * m * channels, 1, *region)
     reduced = region[0] > size[0] or region[1] > size[1]
-    if reduced: planes = planes.float()                                          # 16 bits have no antialias on a CPU
-    crops = F.interpolate(planes, size=size, mode="bilinear", align_corners=False, antialias=reduced)
+    if reduced:       # `interpolate(antialias=True)`, but exportable where b depends on the data; CPUs need 32 bits
+        crops = torch.ops.aten._upsample_bilinear2d_aa(planes.float(), size, False)
+    else: crops = F.interpolate(planes, size=size, mode="bilinear", align_corners=False)
     return crops.to(images.dtype).view(b, m, channels, *size)
 
 # %% ../nbs/13_zoom.ipynb #30_zoom008
