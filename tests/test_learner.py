@@ -8,19 +8,21 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from conftest import shaken
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixUp
 from fastai.learner import load_learner
 from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
 from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, Normalize, Resize, get_image_files, parent_label
+from matplotlib.patches import Rectangle
 
 from fd_focus.bodies import toy_resnet
 from fd_focus.data.loaders import FocusDataLoaders
 from fd_focus.data.pictures import DataWarning
 from fd_focus.loss import FocusLoss
 from fd_focus.toy import ToyBirds
-from fd_focus.training.learner import FocusInterpretation, HeadAccuracy, StopOnNaN, focus_learner, history
+from fd_focus.training.learner import FocusInterpretation, HeadAccuracy, StopOnNaN, focus_learner, history, look_at
 from fd_focus.training.recipes import AverageWeights
 from fd_focus.training.run import train
 from fd_focus.training.settings import Settings
@@ -264,3 +266,73 @@ def test_a_compiled_network_shows_its_heads(dls, method):
 def test_options_that_nobody_knows_are_refused(dls):
     with pytest.raises(TypeError, match="fusoin"): focus_learner(dls, "toy_resnet", pretrained=False, fusoin="mean")
     with pytest.raises(ValueError, match="no pretrained weights"): focus_learner(dls, "toy_resnet")
+
+
+@pytest.fixture(scope="module")
+def choosy():
+    "An untrained network with shaken heads, told to look again at half of twelve birds; batches of five."
+    torch.manual_seed(0)
+    dls = FocusDataLoaders.from_toy(4, 4, n_classes=3, image_size=64, bs=5)
+    learn = focus_learner(dls, "toy_resnet", pretrained=False, answer="adaptive")
+    net = shaken(learn.model)
+    look = look_at(learn, torch.cat([x for x, _ in dls.valid]))
+    net.look_again_below = look.heads["image"].softmax(1).amax(1).sort().values[5:7].mean().item()
+    return learn
+
+
+def one_by_one(learn):
+    "(N,C) probabilities of the validation pictures, each alone, and (N,) who looked again."
+    with torch.no_grad(): looks = [learn.model.eval().look(x[None]).cpu() for xb, _ in learn.dls.valid for x in xb]
+    return torch.cat([look.answer.softmax(1) for look in looks]), torch.cat([look.looked_again for look in looks])
+
+
+def truth(learn): return torch.cat([y for _, y in learn.dls.valid]).as_subclass(torch.Tensor)
+
+
+def test_a_mixed_batch_is_answered_as_picture_by_picture(choosy):
+    want, again = one_by_one(choosy)
+    with choosy.no_bar(): found, targets = choosy.get_preds()
+    assert again.sum() == 6 and len({tuple(part.tolist()) for part in again.split(5)}) > 1
+    assert torch.allclose(found, want, atol=1e-5) and torch.equal(targets.as_subclass(torch.Tensor), truth(choosy))
+
+
+@pytest.mark.parametrize("limit, answer", [(0, "image"), (2., "ensemble")])
+def test_at_its_ends_the_limit_is_a_plain_answer(choosy, monkeypatch, limit, answer):
+    monkeypatch.setattr(choosy.model, "look_again_below", limit)
+    with choosy.no_bar(): found = choosy.get_preds()[0]
+    monkeypatch.setattr(choosy.model, "answer", answer)
+    with choosy.no_bar(): assert torch.allclose(found, choosy.get_preds()[0], atol=1e-6)
+
+
+def test_validation_counts_the_answers(choosy):
+    found, _ = one_by_one(choosy)
+    right = found.argmax(1) == truth(choosy)
+    with choosy.no_bar(): assert choosy.validate()[1] == pytest.approx(right.float().mean().item())
+
+
+def test_tta_averages_the_answers(choosy):
+    "fastai's: the mean over augmented pictures, each of which may ask for a second look, mixed with the plain answer."
+    want, _ = one_by_one(choosy)
+    with choosy.no_bar():
+        set_seed(0)
+        (augmented, plain), _ = choosy.tta(n=3, beta=None)
+        set_seed(0)
+        mixed, _ = choosy.tta(n=3, beta=.25)
+    assert torch.allclose(plain, want, atol=1e-5) and not torch.allclose(augmented, want, atol=1e-3)
+    assert torch.allclose(augmented.sum(1), torch.ones(12), atol=1e-5)
+    assert torch.allclose(mixed, torch.lerp(augmented, plain, .25), atol=1e-5)
+
+
+def test_interpretation_reads_the_answers(choosy):
+    want, _ = one_by_one(choosy)
+    losses, targets = -want[range(12), truth(choosy)].log(), truth(choosy)
+    with choosy.no_bar(): worst = FocusInterpretation.from_learner(choosy)
+    found, rows = worst.top_losses()
+    assert torch.allclose(found, losses[rows], atol=1e-4) and torch.equal(found, found.sort(descending=True).values)
+    assert worst.confusion_matrix().trace() == (want.argmax(1) == targets).sum()
+    figure = worst.plot_top_losses(3)
+    titles = [ax.get_title() for ax in figure.axes if ax.get_title()]
+    for title, row in zip(titles, rows[:3], strict=True): assert f"p {want[row].max():.2f}" in title
+    boxes = [patch for ax in figure.axes for patch in ax.patches if isinstance(patch, Rectangle)]
+    assert len(boxes) >= 3 * 2                            # also of pictures for which one look was enough
+    plt.close("all")
