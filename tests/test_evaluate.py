@@ -11,7 +11,10 @@ import torch
 from conftest import shaken
 from PIL import Image
 
+from fd_focus.evidence.comparison import multiply_adds
 from fd_focus.use.cli import fd_focus_evaluate
+from fd_focus.use.evaluate import evaluate, labelled_pictures
+from fd_focus.use.predict import FocusClassifier
 from fd_focus.data.loaders import FocusDataLoaders
 from fd_focus.data.pictures import DataWarning
 from fd_focus.use.model_folder import save_focus
@@ -23,9 +26,12 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     dls = FocusDataLoaders.from_toy(2, 1, image_size=64, n_classes=3, bs=2)
-    learn = focus_learner(dls, "toy_resnet", pretrained=False)
+    learn = focus_learner(dls, "toy_resnet", pretrained=False, preset=None)
     shaken(learn.model)
     save_focus(learn, folder / "model")
+    learn.model.answer = "adaptive"
+    save_focus(learn, folder / "choosy")
+    save_focus(focus_learner(dls, "toy_resnet", "plain", pretrained=False), folder / "plain")
     return folder / "model", list(dls.vocab)
 
 
@@ -50,6 +56,8 @@ def test_rows_and_words(model, tmp_path, capsys):
     assert len(rows) == 9 and not rows.file.str.contains("seen").any() and rows.error.isna().all()
     assert f"{100 * (rows.label == rows.answer).mean():.1f} % of 9 pictures right" in said
     assert "sure of" not in said            # the model has no threshold
+    assert list(rows.columns) == ["file", "label", "answer", "probability", "sure", "looked_again", "error"]
+    assert "looked again" not in said and rows.looked_again.isna().all()      # and treats all pictures alike
     (tmp_path / "photos/test" / classes[0] / "bad.png").write_bytes(b"x")
     fd_focus_evaluate(model=str(folder), folder=str(tmp_path / "photos"), split="test", device="cpu")
     said = capsys.readouterr().out
@@ -147,3 +155,54 @@ def test_names_that_are_no_utf8_get_their_rows(model, tmp_path):
                           "--out", str(tmp_path / "rows.csv"), "--device", "cpu"], capture_output=True)
     assert run.returncode == 0, run.stderr
     assert b"of 1 pictures right" in run.stdout and b"caf\xe9.png" in (tmp_path / "rows.csv").read_bytes()
+
+
+@pytest.fixture
+def pictures(model, tmp_path):
+    "Nine grey pictures, and what they are."
+    for k in range(9): grey(tmp_path / "photos" / model[1][k % 3] / f"{k}.png", 28 * k)
+    return labelled_pictures(tmp_path / "photos", model[1])
+
+
+def at(model, limit, name="choosy"):
+    classifier = FocusClassifier.load(model[0].with_name(name), "cpu")
+    if limit is not None: classifier.pipeline.net.look_again_below = limit
+    return classifier
+
+
+def test_the_cost_is_that_of_the_looks(model, pictures):
+    "One look costs what the network with answer='image' costs, two what answer='ensemble' costs; the rest is a share."
+    once, twice = at(model, 0), at(model, 2.)
+    limit = sorted(found.probability for found in once.predict(list(pictures.file)))[3]      # three are less sure
+    once.pipeline.net.answer, twice.pipeline.net.answer = "image", "ensemble"
+    costs = [multiply_adds(one.pipeline.net, 64) for one in (once, twice)]
+    for below, share in ((0, 0), (limit, 3 / 9), (2., 1)):
+        found = evaluate(at(model, below), pictures)
+        assert found.looked_again == pytest.approx(share) and found.rows.looked_again.sum() == round(9 * share)
+        assert found.cost == pytest.approx(costs[0] + share * (costs[1] - costs[0])) and found.one_look == costs[0]
+        times = f"{found.cost / costs[0]:.2f}"
+        assert f"{100 * share:.0f} % of the pictures looked again: an answer costs {times} times one look" in str(found)
+    assert costs[1] > 1.5 * costs[0]
+
+
+@pytest.mark.parametrize("name", ["model", "plain"])
+def test_the_cost_of_a_model_that_treats_all_alike(model, pictures, name):
+    classifier = at(model, None, name)
+    found = evaluate(classifier, pictures)
+    assert (found.looked_again, found.one_look) == (None, None) and "looked again" not in str(found)
+    assert found.cost == multiply_adds(classifier.pipeline.net, 64) > 1e6
+    assert f"an answer costs {found.cost / 1e6:.1f} million multiply-adds" in str(found)
+
+
+def test_the_share_is_of_the_pictures_that_were_answered(model, pictures, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"x")
+    bad = pd.DataFrame(dict(file=[str(tmp_path / "bad.png")], label=model[1][:1]))
+    found = evaluate(at(model, 2.), pd.concat([pictures, bad]))
+    assert found.looked_again == 1 and len(found.rows) == 10 and found.rows.looked_again.iloc[-1] is None
+
+
+def test_the_command_says_who_looked_again(model, pictures, tmp_path, capsys):
+    fd_focus_evaluate(model=str(model[0].with_name("choosy")), folder=str(tmp_path / "photos"),
+                      out=str(tmp_path / "rows.csv"), device="cpu")
+    share = pd.read_csv(tmp_path / "rows.csv").looked_again.mean()
+    assert f"{100 * share:.0f} % of the pictures looked again: an answer costs" in capsys.readouterr().out
