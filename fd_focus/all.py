@@ -24,14 +24,15 @@ from .training.settings import Settings, make_settings
 from .training.run import plot_curves
 from .evidence.comparison import multiply_adds, paired_difference, plot_results, summarise
 from .evidence.experiment import run_experiment
-from .evidence.localisation import BoxRecall, ObjectCoverage, PartHitRate, PointingGame, box_recall
-from .evidence.localisation import localisation, localisation_metrics, object_coverage, part_hit_rate
-from .evidence.localisation import pointing_game
-from .evidence.calibration import Calibration, calibrate, confidence_threshold, confused_pairs
+from .evidence.localisation import BIRD_GROUPS, BoxRecall, ObjectCoverage, PartHitRate, PointingGame
+from .evidence.localisation import box_recall, group_hit, localisation, localisation_metrics, object_coverage
+from .evidence.localisation import part_hit_rate, pointing_game
+from .evidence.calibration import Calibration, calibrate_logits, confidence_threshold, confused_pairs
 from .evidence.calibration import expected_calibration_error, fit_temperature, plot_confused
 from .evidence.calibration import reliability_diagram
-from .evidence.look_again import LookAgain, look_again, look_again_curve, plot_look_again
+from .evidence.look_again import LookAgain, calibrate, look_again_curve, plot_look_again
 from .evidence.controls import RandomRegionsNet
+from .evidence.pointing import cam, point_with
 from .use.model_folder import load_focus, push_to_hub, save_focus, write_card
 from .use.predict import FocusClassifier, FocusPipeline, Prediction, draw_prediction
 from .use.evaluate import Evaluation, evaluate, labelled_pictures

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.calibration import calibration_curve
 
-import fd_focus.evidence.calibration
-from fd_focus.evidence.calibration import (calibrate, confidence_threshold, confused_pairs, expected_calibration_error,
-                                           fit_temperature, plot_confused, predictions, reliability,
-                                           reliability_diagram)
+from fd_focus.evidence import calibration
+from fd_focus.evidence.calibration import (calibrate_logits, confidence_threshold, confused_pairs,
+                                           expected_calibration_error, fit_temperature, plot_confused, predictions,
+                                           reliability, reliability_diagram)
+from fd_focus.evidence.look_again import calibrate
 from fd_focus.training.learner import focus_learner
 from fd_focus.use.model_folder import load_focus, save_focus
 
@@ -42,7 +43,7 @@ def test_confusions(learn):
 
 def test_nothing_confused_is_said(learn, monkeypatch):
     targets = torch.arange(12) % 3
-    monkeypatch.setattr(fd_focus.evidence.calibration, "predictions", lambda learn: (torch.eye(3)[targets], targets))
+    monkeypatch.setattr(calibration, "predictions", lambda learn: (torch.eye(3)[targets], targets))
     with pytest.raises(ValueError, match="no validation picture is taken for another class"): plot_confused(learn)
 
 
@@ -93,11 +94,10 @@ def test_a_tie_is_no_error_to_judge_by():
     assert logits[0].argmax() != right[0] and fit_temperature(logits, right) == 1
 
 
-def test_calibrating_where_all_is_right(learn, monkeypatch):
+def test_calibrating_where_all_is_right():
     targets = torch.arange(60) % 3
     hesitant = torch.eye(3)[targets] * torch.linspace(.3, 2, 60)[:, None]
-    monkeypatch.setattr(fd_focus.evidence.calibration, "predictions", lambda learn: (hesitant, targets))
-    found = calibrate(learn)
+    found = calibrate_logits(hesitant, targets)
     lowest = hesitant.softmax(1).max(1).values.min()
     assert (found.temperature, found.sure_accuracy, found.sure_share) == (1, 1, 1)
     assert math.isclose(found.threshold, lowest, abs_tol=1e-6) and found.ece == found.ece_calibrated

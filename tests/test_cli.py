@@ -183,7 +183,7 @@ def test_bad_arguments(folder, tmp_path):
     assert "takes no m; it takes image_size" in fails("--data", folder, *TINY, "--method", "plain", "--m", 3, *out)
     assert "cuts no regions" in fails("--data", folder, *TINY, "--method", "plain", "--input_size", 128, *out)
     assert "head_weights names bogus" in fails("--data", folder, *TINY, "--head_weights", "bogus=1", *out)
-    assert "preset='best' is none of" in fails("--preset", "best", *TINY, *out)
+    assert "preset='best' is not one of" in fails("--preset", "best", *TINY, *out)
     assert "l=4 regions are to be used of m=2" in fails("--data", folder, *TINY, "--m", 2, *out)
     assert "examples=-1; use a number" in fails("--data", folder, *TINY, "--examples", -1, *out)
     assert "valid_pct=2.0; use a share" in fails("--data", folder, *TINY, "--valid_pct", 2, *out)

@@ -192,7 +192,7 @@ def test_what_accuracy_is_judged_by(folder, tmp_path):
     table.assign(split=["train" if i % 2 else "test" for i in range(len(table))]).to_csv(
         folder / "split.csv", index=False
     )
-    with pytest.raises(ValueError, match="keep_best choose the epoch on them; use valid_pct"): make_learner(settings)
+    with pytest.raises(ValueError, match="keep_best would choose on them; use valid_pct"): make_learner(settings)
     make_learner(replace(settings, valid_pct=.5))
 
 

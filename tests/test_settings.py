@@ -105,7 +105,7 @@ def test_files(tmp_path):
 
 
 def test_presets():
-    with pytest.raises(ValueError, match="preset='best' is none of 'paper', 'photos'"):
+    with pytest.raises(ValueError, match="preset='best' is not one of paper, photos or none"):
         make_settings(dict(preset="best"))
     for name in PRESETS:
         s = make_settings(dict(preset=name, data="birds", epochs=3, lr=1e-3))
@@ -119,6 +119,15 @@ def test_presets():
     assert (larger.input_size, larger.region_size, larger.zoom_size) == (640, 160, 228)
     rival = make_settings(dict(preset="photos", method="plain"))
     assert method_arguments(rival, ("image_size",)) == dict(image_size=224)
+    assert make_settings(dict(preset="none")) == Settings()
+
+
+def test_a_share_that_looks_again():
+    assert make_settings(dict(preset="photos", look_again="12.5%")).look_again == .125
+    with pytest.raises(ValueError, match="look_again=10.0; use a share from 0 to 1, or such as 10%"):
+        Settings(answer="adaptive", look_again=10)
+    with pytest.raises(ValueError, match="look_again is for answer='adaptive'"): Settings(look_again=.1)
+    with pytest.raises(ValueError, match="look_again: 'few%' is no"): make_settings(dict(look_again="few%"))
 
 
 def test_what_was_not_given():

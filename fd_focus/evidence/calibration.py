@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['predictions', 'confused_pairs', 'plot_confused', 'reliability', 'expected_calibration_error', 'reliability_diagram',
-           'fit_temperature', 'Threshold', 'confidence_threshold', 'Calibration', 'calibrate_logits', 'calibrate']
+           'fit_temperature', 'Threshold', 'confidence_threshold', 'Calibration', 'calibrate_logits']
 
 # %% ../../nbs/52_calibration.ipynb #52_calibration_004
 from dataclasses import dataclass
@@ -199,6 +199,7 @@ class Calibration:
     sure_share: float      # of the pictures
     ece: float             # expected calibration error as trained
     ece_calibrated: float  # and with the temperature, on pictures that did not fit it
+    look_again: object = None   # a `LookAgain` (notebook 53) where the network chooses who gets a second look
 
 def calibrate_logits(
     logits: Tensor,            # (N,C) on validation data
@@ -216,11 +217,3 @@ def calibrate_logits(
     threshold = confidence_threshold((logits / temperature).softmax(1), targets, accuracy)
     ece, ece_calibrated = (expected_calibration_error(each.softmax(1), targets) for each in (logits, crossed))
     return Calibration(temperature, threshold.probability, threshold.accuracy, threshold.share, ece, ece_calibrated)
-
-def calibrate(
-    learn: Learner,            # trained; FocusLearner, or any classifier's
-    accuracy: float = 0.95,    # wanted among the answers that count as sure
-    seed: int = 0,             # see `calibrate_logits`
-) -> Calibration:
-    "Temperature and threshold from the validation pictures."
-    return calibrate_logits(*predictions(learn), accuracy, seed)

@@ -33,8 +33,9 @@ from ..bodies import create_body, is_own
 from ..data.pictures import DataWarning
 from ..draw import plot_focus
 from ..loss import FocusLoss
-from ..methods import METHODS, Look, Method, bare, build_method, method_name, method_options
+from ..methods import METHODS, Look, Method, bare, build_method, method_options
 from ..presets import PRESETS
+from ..regions import _pair
 
 # %% ../../nbs/30_learner.ipynb #70_learner006
 def body_and_heads(model: nn.Module) -> list[list[nn.Parameter]]:
@@ -238,14 +239,13 @@ def _image_size(dls: DataLoaders) -> tuple[int, int] | int:
     "That of the pictures in `dls`; drawing one batch leaves the random state alone."
     with torch.random.fork_rng(): return getattr(dls, "image_size", None) or tuple(dls.one_batch()[0].shape[2:])
 
-def _preset(name: str, method: str, size: int | tuple[int, int], fixed: bool) -> dict:
+def _preset(name: str | None, twice: bool, size: int | tuple[int, int], fixed: bool) -> dict:
     "Options of a preset; `size` is the first look's if `fixed`, else that of the pictures that regions are cut from."
-    if name not in PRESETS: raise ValueError(f"preset={name!r} is none of {', '.join(map(repr, PRESETS))}")
-    height, width = (size, size) if isinstance(size, int) else size
-    if height != width: raise ValueError(f"preset={name!r} is for squares, not for {height}x{width}; give the options")
-    chosen = PRESETS[name](method, height)
-    if fixed or "input_size" not in chosen: return chosen
-    return PRESETS[name](method, height * height // chosen["input_size"])
+    if name is None: return {}
+    if name not in PRESETS: raise ValueError(f"preset={name!r} is not one of {', '.join(map(repr, PRESETS))} or None")
+    method, half = "focus" if twice else "plain", tuple(side // 2 for side in _pair(size))
+    larger = "input_size" in PRESETS[name](method) and not fixed and min(half) >= 224
+    return PRESETS[name](method, (half if half[0] != half[1] else half[0]) if larger else size)
 
 # %% ../../nbs/30_learner.ipynb #30_learner_000
 def _loss(loss_func, net: Method, label_smoothing: float, distill: float = 0.) -> FocusLoss:
@@ -271,7 +271,7 @@ def focus_learner(
     weights: str | Path | None = None,  # a state dict for the body to start from instead
     cut: int | str | None = None,       # where to end the body
     image_size: int | tuple[int, int] | None = None,   # side of the first look; None: the preset's, or that of a batch
-    preset: str | None = None,          # 'paper' or 'photos' (notebook 19): defaults for the method's options
+    preset: str | None = "photos",      # defaults for the method's options (notebook 19); 'paper' or None: its own
     label_smoothing: float = 0.,
     loss_func: Callable | None = None,  # None: FocusLoss; any loss of logits is used for every head
     metrics: list | None = None,        # after accuracy; None: those of each head and the terms of the loss
@@ -287,8 +287,7 @@ def focus_learner(
         raise ValueError("weights and cut are for the name of an architecture; load or cut a body of your own before")
     size = _image_size(dls) if image_size is None else image_size
     known = method_options(METHODS[method] if isinstance(method, str) else method)
-    named = "" if preset is None else method if isinstance(method, str) else method_name(method)
-    chosen = {} if preset is None else _preset(preset, named, size, image_size is not None)
+    chosen = _preset(preset, "look_again_below" in known, size, image_size is not None)
     options = {"image_size": size} | {name: chosen[name] for name in known if name in chosen}
     options |= {name: kwargs.pop(name) for name in list(kwargs) if name in known}
     body, stats = (arch, None) if isinstance(arch, nn.Module) else create_body(arch, pretrained, weights, cut)

@@ -55,11 +55,12 @@ def make_loaders(settings: Settings) -> FocusDataLoaders:
         dls = FocusDataLoaders.from_toy(s.images_per_class, s.valid_per_class, split=s.split, n_classes=s.n_classes,
                                         mark_size=s.mark_size, clutter=s.clutter, **common)
     else: dls = FocusDataLoaders.from_folder(s.data, **common, **{name: getattr(s, name) for name in FOLDER_SETTINGS})
-    if dls.judged_by == "test" and (s.early_stop or s.keep_best):
+    choices = dict(early_stop=s.early_stop, keep_best=s.keep_best, look_again=s.look_again is not None)
+    if dls.judged_by == "test" and any(choices.values()):
         instead = "split='valid'" if s.data == "toy" else \
             "valid_pct to hold out a share of the training pictures, or add a validation half"
-        raise ValueError("test pictures are for a finished choice, but early_stop and keep_best choose the epoch on "
-                         f"them; use {instead}")
+        choosing = " and ".join(name for name, chooses in choices.items() if chooses)
+        raise ValueError(f"test pictures are for a finished choice, but {choosing} would choose on them; use {instead}")
     if len(dls.train_ds) < s.bs:
         raise ValueError(f"bs={s.bs} is more than the {len(dls.train_ds)} training pictures; use a smaller batch")
     return dls

@@ -102,6 +102,8 @@ class RecipeSettings:
     seed: int = setting(0, "of the first weights, the order of the pictures and their augmentation")
     label_smoothing: float = setting(0., "share of the target that is spread over all classes")
     distill: float = setting(0., "weight of the image head's learning from all heads together; 0: none")
+    look_again: float | None = setting(None, "adaptive: at most this share of the validation pictures looks again, "
+                                             "such as 10%; not given: the smallest that loses nothing")
     head_weights: dict | None = setting(None, "weights of loss terms, name=value ...; not given: the method's own")
     ema: float | None = setting(None, "modern: decay of a moving average of the weights, such as 0.99")
     mixup: float = setting(0., "modern: strength of MixUp; 0 is none")
@@ -137,7 +139,7 @@ def checked(name: str, value, annotation):
         raise ValueError(f"{name}={value!r} is none of {', '.join(map(repr, choices))}")
     if isinstance(value, os.PathLike): value = os.fspath(value)
     if isinstance(value, str) and float in kinds:
-        try: value = float(value)
+        try: value = float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)      # 10% is 0.1
         except ValueError: pass
     if isinstance(value, numbers.Real) and not isinstance(value, bool):     # NumPy's numbers become plain ones
         if isinstance(value, numbers.Integral) and int in kinds: value = int(value)
@@ -163,6 +165,9 @@ def _check_together(s) -> None:
         (s.input_size and s.input_size < s.image_size,
          f"input_size={s.input_size} is smaller than image_size={s.image_size}"),
         (wrong, f"{', '.join(wrong)}: for {kind}, not for data={s.data!r}"),
+        (s.look_again is not None and not 0 <= s.look_again <= 1,
+         f"look_again={s.look_again}; use a share from 0 to 1, or such as 10%"),
+        (s.look_again is not None and s.answer != "adaptive", "look_again is for answer='adaptive'"),
         (twice, f"options: {', '.join(twice)} is a setting of its own; write it as one"),
     ):
         if bad: raise ValueError(message)
@@ -251,8 +256,8 @@ def expand(
     "Put a preset's values in place of its name. ValueError as for `check_settings`, and for an unknown preset."
     values = check_settings(values, ("preset",))
     preset = values.pop("preset", None)
-    if preset is None: return values
-    if preset not in PRESETS: raise ValueError(f"preset={preset!r} is none of {', '.join(map(repr, PRESETS))}")
+    if preset in (None, "none"): return values
+    if preset not in PRESETS: raise ValueError(f"preset={preset!r} is not one of {', '.join(PRESETS)} or none")
     shaped_by = {name: values[name] for name in ("method", "image_size") if name in values}
     return PRESETS[preset](**shaped_by) | values
 

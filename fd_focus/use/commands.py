@@ -72,7 +72,7 @@ def command(work=None, *, groups=()):
 @command(groups=GROUPS)
 def fd_focus_train(
     config: str = None,       # YAML file of settings, such as the settings.yaml of a run; flags win over it
-    preset: str = None,       # defaults for a purpose: paper, or photos; the file and flags win over it
+    preset: str = None,       # defaults for a purpose: photos, paper or none; the file and flags win over it (photos)
     out: str = None,          # folder for the report and the model (runs/train)
     examples: int = 4,        # validation pictures to put into model/examples/, which the app offers; 0: none
     resume: bool = False,     # go on with the unfinished run in `out`, with its settings
@@ -82,6 +82,7 @@ def fd_focus_train(
     asked = read_settings(config, ("preset", "out")) if config else {}
     asked |= settings | (dict(preset=preset) if preset else {})
     written = asked.pop("out", None)
+    if not resume: asked.setdefault("preset", "photos")
     _train(asked, Path(out or written or "runs/train"), examples, resume)
 
 # %% ../../nbs/66_commands.ipynb #66_commands_018
@@ -134,16 +135,18 @@ def _say_first(settings: Settings, out: Path) -> None:
         print(f"{s.arch} starts from ImageNet's weights; --no-pretrained would start from random ones")
 
 # %% ../../nbs/66_commands.ipynb #66_commands_028a
-def _who_looks_again(learn, summary: dict) -> None:
-    "For answer='adaptive': choose the limit for a second look on the validation pictures, and say what it does."
+def _say_who_looks_again(learn, chosen, summary: dict, out: Path) -> None:
+    "For answer='adaptive': say and draw what the limit for a second look does on the validation pictures."
+    (out / "look_again.png").unlink(missing_ok=True)       # an earlier run's
     net = learn.model
     if getattr(net, "answer", None) != "adaptive": return
-    if learn.dls.judged_by == "test":
+    if chosen is None:
         return print(f"a second look below {net.look_again_below:.2f}, as set: test pictures judge, and choose "
                      "nothing; --valid_pct holds out some that may")
-    from fd_focus.evidence.look_again import look_again
-    chosen = look_again(learn)
+    from fd_focus.evidence.look_again import plot_look_again
+    from fd_focus.training.checkpoint import put
     summary |= dict(accuracy=chosen.accuracy, looked_again=chosen.share)
+    put(out / "look_again.png", lambda part: plot_look_again(chosen).savefig(part, dpi=110))
     print(f"{100 * chosen.share:.0f} % of the validation pictures look again: {100 * chosen.accuracy:.1f} % right; "
           f"{100 * chosen.one_look:.1f} % if nobody did, {100 * chosen.everybody:.1f} % if everybody did")
 
@@ -151,7 +154,7 @@ def _who_looks_again(learn, summary: dict) -> None:
 def _leave(learn, table, summary: dict, out: Path, examples: int) -> bool:
     "Calibrate, and write model, card, examples, tables and figures. Tells whether it is calibrated."
     from fastai.torch_core import num_distrib
-    from fd_focus.evidence.calibration import calibrate
+    from fd_focus.evidence.look_again import calibrate
     from fd_focus.training.run import write_examples, write_run
     from fd_focus.use.model_folder import save_focus, write_card
     sure = {}
@@ -159,8 +162,8 @@ def _leave(learn, table, summary: dict, out: Path, examples: int) -> bool:
         print("not calibrated: each of several processes sees a share of the validation pictures; the model has no "
               "temperature and no threshold")
     else:
-        _who_looks_again(learn, summary)
-        with learn.no_bar(): calibration = calibrate(learn)
+        calibration = calibrate(learn, look_again=summary["settings"]["look_again"])
+        _say_who_looks_again(learn, calibration.look_again, summary, out)
         sure = dict(temperature=calibration.temperature, threshold=calibration.threshold)
     save_focus(learn, out / "model", metrics=dict(accuracy=summary["accuracy"]), settings=summary["settings"], **sure)
     if not learn.dls.write_skipped(out): (out / "skipped.csv").unlink(missing_ok=True)      # an earlier run's
