@@ -125,7 +125,7 @@ def test_points_of_a_csv_against_pixels(red_boxes, tmp_path, squash):
     dls = FocusDataLoaders.from_folder(tmp_path, image_size=112, squash=squash, bs=6, num_workers=0)
     x, found = dls.valid.one_batch()[0].as_subclass(torch.Tensor), dls.truth(dls.valid_ds.items)
     assert dls.table.attrs["part_names"] == ["edge", "red"] and np.isnan(found["box"]).all()
-    for picture, (edge, red), visible in zip(x, found["parts"], found["visible"]):
+    for picture, (_, red), visible in zip(x, found["parts"], found["visible"]):
         rows, columns = (picture[0] > .5).nonzero().T
         if not len(rows): assert not visible[1]; continue
         seen = np.array([columns.min() + columns.max() + 1, rows.min() + rows.max() + 1]) / 2
