@@ -41,7 +41,7 @@ def folder(place):
         (place / "birds" / drawn.classes[drawn.label(i)]).mkdir(parents=True, exist_ok=True)
         drawn[i][0].save(place / "birds" / drawn.classes[drawn.label(i)] / f"{i:02d}.png")
     dls = FocusDataLoaders.from_folder(place / "birds", image_size=64, bs=2, num_workers=0)
-    learn = focus_learner(dls, "toy_resnet", pretrained=False)
+    learn = focus_learner(dls, "toy_resnet", pretrained=False, preset=None)
     torch.manual_seed(0)
     for name, tensor in learn.model.state_dict().items():
         if "head" in name: tensor.normal_(0, .3)
@@ -356,6 +356,39 @@ def test_plain_model_and_its_words(place, classifier, monkeypatch):
     assert "shows no regions" in text and "Nobody chose a limit" in text and "not calibrated" in text
     assert text.count("<img") == 1 and "What the network saw" in text
     assert "| method | plain |" in about(plain) and "temperature 1.50" in about(classifier)
+
+
+def choosy(place, limit, **more):
+    "The model of the page, told to look again below a limit."
+    config = json.loads((place / "model/config.json").read_text())
+    config["options"] |= dict(answer="adaptive")
+    config["options"].pop("look_again_below")
+    folder = shutil.copytree(place / "model", place / f"below {limit}", dirs_exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config | dict(look_again_below=limit) | more))
+    return FocusClassifier.load(folder, "cpu")
+
+
+def test_one_look_was_enough(folder, place):
+    "No zooms, as nothing was zoomed; the regions are where it would have looked."
+    once = choosy(place, 0, threshold=0.)
+    text, found = attempt(once, bird(), "x.png")
+    assert found.prediction.looked_again is False and found.zooms == [] and len(found.prediction.boxes) == 4
+    assert "One look was enough." in text and "Zoom 1" not in text and text.count("<img") == 2
+    assert "Where it would have looked again, best first: red, green, blue, yellow" in text
+    doubt = replace(found, prediction=replace(found.prediction, sure=False), threshold=.99)
+    assert "One look was enough" not in doubt.card() and "The model took one look; only pictures it is" in doubt.card()
+    assert "| second look | never |" in about(once)
+
+
+def test_the_first_look_was_unsure(folder, place, classifier):
+    text, found = attempt(choosy(place, 2.), bird(), "x.png")
+    assert found.prediction.looked_again is True and len(found.zooms) == 4 and "Zoom 4" in text
+    assert "The first look was unsure, so the model looked again, at the regions below." in text
+    assert "Regions, best first: red" in text and "| second look | always |" in about(choosy(place, 2.))
+    assert "| second look | where less than 62.5 % sure |" in about(choosy(place, .625))
+    text, found = attempt(classifier, bird(), "x.png")                # a model that treats all pictures alike
+    assert found.prediction.looked_again is None and found.looks() == "" and len(found.zooms) == 4
+    assert "look" not in found.card() and "second look" not in about(classifier)
 
 
 def test_widget(classifier, tmp_path):

@@ -5,6 +5,7 @@ import pickle
 import shutil
 import types
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -651,3 +652,19 @@ def test_the_card_says_when_it_looks_again(dls, tmp_path, limit, said):
 
 
 def test_the_card_of_others_says_nothing_of_it(folder): assert "It looks" not in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("limit", [np.float64(.625), np.float32(.625), torch.tensor(.625)], ids=["64", "32", "tensor"])
+def test_a_limit_of_another_library_is_a_number(dls, tmp_path, limit):
+    learn = adaptive(dls, .9)
+    learn.model.look_again_below = limit
+    assert load_focus(save_focus(learn, tmp_path / "model")).look_again_below == .625
+
+
+@pytest.mark.parametrize("limit", [None, "0.9", -1, True, float("nan")], ids=str)
+def test_a_limit_that_is_none_is_not_saved(dls, tmp_path, limit):
+    learn = adaptive(dls, .9)
+    learn.model.look_again_below = limit
+    with pytest.raises(ValueError, match="look_again_below is .*, but should be a number"):
+        save_focus(learn, tmp_path / "model")
+    assert not (tmp_path / "model").exists()

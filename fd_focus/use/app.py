@@ -118,6 +118,15 @@ def sentence(self: Explanation) -> str:
     if self.calibrated: return first
     return f"{first} Its percentages are not calibrated: they rank, and do not tell the chance of being right."
 
+# %% ../../nbs/65_app.ipynb #65_app_006
+@patch
+def looks(self: Explanation) -> str:
+    "How often it looked, in plain words; nothing where the model treats all pictures alike."
+    if (again := self.prediction.looked_again) is None: return ""
+    if again: return "The first look was unsure, so the model looked again, at the regions below."
+    if self.verdict == "doubt": return "The model took one look; only pictures it is less sure of get a second."
+    return "One look was enough."
+
 # %% ../../nbs/65_app.ipynb #97_app042d
 _LOOKS = dict(sure=("#15803d", "sure"), doubt=("#b45309", ""), unknown=("#475569", "no threshold"))
 _NO_REGIONS = "This model answers from the whole picture and shows no regions."
@@ -130,8 +139,7 @@ def _bar(name: str, p: float, colour: str) -> str:
             f'title="{name}">{name}</span>'
             '<span style="flex:1;height:.6em;border-radius:.3em;background:rgba(128,128,128,.2)">'
             f'<span style="display:block;height:100%;width:{100 * p:.1f}%;background:{colour};border-radius:.3em">'
-            '</span>'
-            '</span>'
+            '</span></span>'
             '<span style="flex:0 0 4em;text-align:right;font-variant-numeric:tabular-nums">'
             f'{html.escape(_percent(p))}</span></div>')
 
@@ -142,7 +150,7 @@ def _box(colour: str, inside: str, data: str = "") -> str:
 
 @patch
 def card(self: Explanation) -> str:
-    "The answer as HTML: headline, badge, sentence, the five best classes."
+    "The answer as HTML: headline, badge, how sure, how many looks, the five best classes."
     (colour, badge), label = _LOOKS[self.verdict], self.prediction.label
     headline = html.escape("Not sure" if self.verdict == "doubt" else label)
     if badge:
@@ -152,7 +160,7 @@ def card(self: Explanation) -> str:
     less = "" if self.zooms or self.attention else f'<div style="margin-top:.5em;opacity:.75">{_NO_REGIONS}</div>'
     return _box(colour, '<div style="display:flex;flex-wrap:wrap;align-items:baseline;gap:.6em">'
                 f'<span style="font-size:1.7em;font-weight:650;line-height:1.2">{headline}</span>{badge}</div>'
-                f'<div style="margin:.3em 0 .7em">{html.escape(self.sentence())}</div>{bars}{less}',
+                f'<div style="margin:.3em 0 .7em">{html.escape(f"{self.sentence()} {self.looks()}")}</div>{bars}{less}',
                 f' data-label="{html.escape(label)}" data-verdict="{self.verdict}"')
 
 # %% ../../nbs/65_app.ipynb #97_app042g
@@ -180,8 +188,10 @@ def _captions(scores: Tensor) -> list[str]:
 @patch
 def to_html(self: Explanation) -> str:
     "Card and pictures in one piece, nothing from outside."
-    title = "Regions, best first: red, green, blue, yellow" if self.zooms else "What the network saw"
-    pictures = [_figure(self.regions, title, _HALF)]
+    once = self.prediction.looked_again is False and len(self.prediction.boxes)
+    colours = ", ".join(("red", "green", "blue", "yellow")[:len(self.prediction.boxes)])
+    where = f"{'Where it would have looked again' if once else 'Regions'}, best first: {colours}"
+    pictures = [_figure(self.regions, where if once or self.zooms else "What the network saw", _HALF)]
     if self.attention is not None: pictures.append(_figure(self.attention, "Attention: bright where it looked", _HALF))
     zooms = [_figure(zoom, caption, _QUARTER) for zoom, caption in zip(self.zooms, _captions(self.prediction.scores))]
     return f'<div style="max-width:63em">{self.card()}{_row(pictures)}{_row(zooms)}</div>'
@@ -199,9 +209,10 @@ def explain(
     prediction = classifier.predict(source)     # of the file: each drawing decodes a large one as far as it must
     shown, moved = fit(source, prediction, longest)
     attention = None if prediction.attention is None else draw_heat(shown, moved)
+    zooms = [] if prediction.looked_again is False else cut_zooms(source, prediction)     # one look: it zoomed nothing
     return Explanation(prediction, classifier.threshold, calibrated="temperature" in classifier.config,
-                       regions=draw_prediction(shown, moved), attention=attention,
-                       zooms=cut_zooms(source, prediction), judges=judges(classifier.config))
+                       regions=draw_prediction(shown, moved), attention=attention, zooms=zooms,
+                       judges=judges(classifier.config))
 
 # %% ../../nbs/65_app.ipynb #97_app051
 def _notice(title: str, text: str, colour: str = "#b45309") -> str:
@@ -210,12 +221,8 @@ def _notice(title: str, text: str, colour: str = "#b45309") -> str:
                         f'<div style="margin-top:.3em">{html.escape(text)}</div>')
 
 # %% ../../nbs/65_app.ipynb #97_app051c
-def _refusal(
-    name: str,            # of the file as the user knows it
-    error: Exception,     # from `explain`
-    path: str = "",       # where the file lies here; not told
-) -> str:                 # HTML
-    "Why there is no answer, for the person who chose the file."
+def _refusal(name: str, error: Exception, path: str = "") -> str:
+    "HTML: why there is no answer, for the person who chose the file `name`. Its path on this machine is not told."
     reason = str(error).rsplit("cannot be read as a picture: ")[-1]
     if path: reason = reason.replace(str(path), name)
     return _notice(f"{name} is no picture I can read",
@@ -266,14 +273,15 @@ def about(classifier: FocusClassifier) -> str:
             "calibration": f"temperature {config['temperature']:.2f}" if "temperature" in config else "none",
             "sure from": "no limit chosen" if limit is None else percent(limit)}
     if limit is not None and limit > 1: rows["sure from"] = "never: no limit was good enough"
+    if (again := config.get("look_again_below")) is not None:
+        rows["second look"] = {0: "never", 2: "always"}.get(again, f"where less than {percent(again)} sure")
     names = ", ".join(map(_plain, classes[:200])) + (f" and {len(classes) - 200} more" if len(classes) > 200 else "")
     return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items()) + f"\n\n{names}"
 
 # %% ../../nbs/65_app.ipynb #97_app062c
 def _arrived(
     upload: str | dict,      # a path, or gradio's record of a file: whatever a request named
-    uploads: str | Path,     # gradio's folder
-    examples: set[Path],     # resolved
+    uploads: str | Path, examples: set[Path],     # gradio's folder; resolved
 ) -> str | None:
     "The path of an upload or an example; None for every other place on this machine, whether there is a file or not."
     path = upload.get("path") if isinstance(upload, dict) else upload
@@ -283,7 +291,6 @@ def _arrived(
 
 # %% ../../nbs/65_app.ipynb #97_app063
 _WELCOME = _notice("What is it?", "Drop a photograph on the left, paste one, or choose an example.", "#475569")
-
 _ELSEWHERE = _notice("That picture did not arrive",
                      "Please choose it again: only the examples, and pictures that were uploaded here, are looked at.")
 
@@ -365,8 +372,7 @@ def launch_app(
     off = dict.fromkeys(("share", "ssr_mode", "pwa", "mcp_server", "enable_monitoring"), False)
     try: return app.launch(server_name=host, server_port=port, max_file_size=int(max_mb * 2**20),
                            inbrowser=open_browser, prevent_thread_lock=True, quiet=True, theme=theme, css=_CSS,
-                           js=_ANY_FILE, footer_links=[],
-                           **off)[1]
+                           js=_ANY_FILE, footer_links=[], **off)[1]
     except OSError:
         raise OSError(f"cannot listen on {host}, port {port or '7860 to 7959'}: it is taken, or no address of this "
                       "machine") from None

@@ -65,9 +65,9 @@ def _price(
     looked_again: float | None,   # share of the answers with a second look
 ) -> str:
     "What an answer costs, in a line."
-    if one_look is None: return f"an answer costs {_many(cost)}"
-    return (f"{100 * looked_again:.0f} % of the pictures looked again: an answer costs {cost / one_look:.2f} times one "
-            f"look ({_many(cost)})")
+    again = "" if looked_again is None else f"{100 * looked_again:.0f} % of the pictures looked again: "
+    price = _many(cost) if one_look is None else f"{cost / one_look:.2f} times one look ({_many(cost)})"
+    return f"{again}an answer costs {price}"
 
 # %% ../../nbs/63_evaluate.ipynb #93_evaluate008
 @dataclass(frozen=True)

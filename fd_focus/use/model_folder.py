@@ -273,9 +273,8 @@ def _when_again(limit: float | None) -> str:
 
 # %% ../../nbs/60_model_folder.ipynb #90_export017e
 def write_card(
-    folder: str | Path,                # a model folder
-    picture: str | Path | None = None, # a PNG to show, copied into the folder as regions.png
-) -> Path:                             # the card
+    folder: str | Path, picture: str | Path | None = None,   # a PNG to show, copied into the folder as regions.png
+) -> Path:                                                   # the card
     "Write `README.md` from `config.json`: what it is, its accuracy, classes and recipe, how to load it."
     folder = Path(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -294,8 +293,7 @@ def write_card(
 
 # %% ../../nbs/60_model_folder.ipynb #90_export005l
 def save_focus(
-    learn: FocusLearner,         # a trained learner
-    folder: str | Path,
+    learn: FocusLearner, folder: str | Path,   # a trained learner; where to
     arch: str | None = None,     # a name for a body of your own; other bodies know theirs, and it is compared with that
     cut: int | str | None = None,
     metrics: dict | None = None, # recorded in the config; `accuracy`, from 0 to 1, is shown on the card
@@ -313,7 +311,9 @@ def save_focus(
     given = dict(judged_by=getattr(dls, "judged_by", None), temperature=temperature, threshold=threshold,
                  settings=settings and _share(settings))
     config |= {name: value for name, value in given.items() if value is not None}
-    if _chooses(net): config["look_again_below"] = config["options"].pop("look_again_below", net.look_again_below)
+    if _chooses(net):
+        config["look_again_below"] = getattr(net.look_again_below, "item", lambda: net.look_again_below)()    # NumPy's
+        config["options"].pop("look_again_below", None)
     check_config(config, folder / "config.json")
     _check_options(type(net), config["options"])
     folder.mkdir(parents=True, exist_ok=True)
