@@ -37,7 +37,7 @@ def draw_image(
     height, width = image.shape[1:]
     ax.imshow(image.permute(1, 2, 0).clamp(0, 1).cpu(), extent=(0, width, height, 0))
     ax.set(xticks=[], yticks=[])
-    if title: ax.set_title(title, fontsize=9)
+    if title: ax.set_title(title, fontsize=9, parse_math=False)      # a class may be called Ba$$in
     return ax
 
 # %% ../nbs/11_attention.ipynb #10_attention020f

@@ -21,11 +21,11 @@ def _seen(source, what) -> tuple[Tensor, Look]:
     return source.see(what) if hasattr(source, "see") else (source, what)
 
 # %% ../nbs/18_draw.ipynb #18_draw_015
-def _axes(axes, nrows: int, ncols: int, size: float, needed: int | None = None):
+def _axes(axes, nrows: int, ncols: int, size: float, needed: int | None = None, figsize: tuple | None = None):
     "A flat array of axes, bare: those given, or those of a new figure. ValueError if there are too few."
     needed = needed or nrows * ncols
     if axes is None:
-        figsize = size * ncols, (size + .25) * nrows
+        figsize = figsize or (size * ncols, (size + .25) * nrows)
         axes = plt.subplots(nrows, ncols, figsize=figsize, layout="constrained", squeeze=False)[1]
     axes = np.asarray(axes, dtype=object).reshape(-1)
     if len(axes) < needed: raise ValueError(f"{len(axes)} axes given, {needed} needed")
@@ -76,22 +76,24 @@ def plot_focus(
     look: Look,                      # what a method saw in them; or files or a batch, as in `plot_regions`
     titles: list[str] | None = None, # one per picture
     colours: list[str] | None = None,# of the titles
-    ncols: int = 6,                  # pictures in a row
+    ncols: int | None = None,        # pictures in a row; None: 6, or what `nrows` makes of them
     attention: bool = True,          # a second row with the attention map
     size: float = 2.2,               # inches a picture
+    nrows: int | None = None,        # rows of pictures
+    figsize: tuple | None = None,    # inches of the whole figure, instead of `size`
 ):
     "Pictures with their top-4 regions, below each its attention map, where the method has them. Returns the figure."
     images, look = _seen(images, look)
     n, deep = len(images), 2 if attention and look.attention is not None else 1
-    ncols = min(ncols, n)
+    ncols = min(n, ncols or (-(-n // nrows) if nrows else 6))
     nrows = -(-n // ncols)
-    axes = _axes(None, deep * nrows, ncols, size).reshape(deep * nrows, ncols)
+    axes = _axes(None, deep * nrows, ncols, size, figsize=figsize).reshape(deep * nrows, ncols)
     for i in range(n):
         row, column = deep * (i // ncols), i % ncols
         boxes = images.new_zeros(0, 4) if look.boxes is None else look.boxes[i].cpu()
         ax = draw_regions(axes[row, column], images[i], boxes)
         ax.axis("on")
-        if titles: ax.set_title(titles[i], fontsize=8, color=colours[i] if colours else "black")
+        if titles: ax.set_title(titles[i], fontsize=8, parse_math=False, color=colours[i] if colours else "black")
         if deep == 2: draw_attention(axes[row + 1, column], images[i], look.attention[i])
     return axes[0, 0].figure
 

@@ -272,23 +272,26 @@ def show_batch(self: FocusDataLoaders,
     items: list | None = None,# which pictures; None: as the loader draws them
     axes=None,                # to draw into, one a picture; None: a new figure
     truth: bool = True,       # draw boxes and parts, where the table knows them
+    nrows: int | None = None, # rows of pictures; None: as many as `ncols` a row need
+    figsize: tuple | None = None,   # of a new figure, inches
 ):
     "Pictures as the network sees them, titled by class, with boxes and visible parts. Returns the figure."
     table, found = getattr(self, "table", None), {}
     if truth and table is not None and "box" in table:
         pictures, labels, found = self.pictures_with_truth(split, items, max_n)
     else: pictures, labels = self._plain_batch(split, max_n, items)
-    n, ncols = len(pictures), ncols or min(len(pictures), 6)
+    n, ncols = len(pictures), ncols or (-(-len(pictures) // nrows) if nrows else min(len(pictures), 6))
     if axes is None:
         nrows = -(-n // ncols)
-        axes = plt.subplots(nrows, ncols, figsize=(2.1 * ncols, 2.3 * nrows), layout="constrained", squeeze=False)[1]
+        figsize = figsize or (2.1 * ncols, 2.3 * nrows)
+        axes = plt.subplots(nrows, ncols, figsize=figsize, layout="constrained", squeeze=False)[1]
     axes = np.asarray(axes).reshape(-1)
     if len(axes) < n: raise ValueError(f"{len(axes)} axes for {n} pictures")
     for ax in axes: ax.axis("off")
     for i, (ax, picture, label) in enumerate(zip(axes, pictures, labels)):
         height, width = picture.shape[1:]
         ax.imshow(picture.permute(1, 2, 0).clamp(0, 1), extent=(0, width, height, 0))
-        ax.set_title(str(label), fontsize=9)
+        ax.set_title(str(label), fontsize=9, parse_math=False)
         draw_truth(ax, **{name: values[i] for name, values in found.items()}, smallest=width / 100)
     return axes[0].figure
 
@@ -330,6 +333,7 @@ def show_counts(self: FocusDataLoaders,
     if named:
         counts.plot.barh(ax=ax, width=.8, color=["C0", "C1"])
         ax.invert_yaxis()
+        ax.set_yticks(range(len(counts)), counts.index.astype(str), parse_math=False)
         ax.set(xlabel="pictures", ylabel="")
     else:
         counts.reset_index(drop=True).plot(ax=ax, color=["C0", "C1"], ylabel="pictures",

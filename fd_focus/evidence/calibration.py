@@ -56,12 +56,12 @@ def _draw_matrix(ax, matrix: np.ndarray, names: list[str]) -> None:
         ax.text(j, i, n, ha="center", va="center", color="white" if n > matrix.max() / 2 else "black", fontsize=9)
     ticks = range(len(names))
     ax.set(xticks=ticks, yticks=ticks, xlabel="taken for", ylabel="is", title="validation pictures")
-    ax.set_xticklabels(map(_short, names), rotation=40, ha="right", fontsize=8)
-    ax.set_yticklabels(map(_short, names), fontsize=8)
+    ax.set_xticklabels(map(_short, names), rotation=40, ha="right", fontsize=8, parse_math=False)
+    ax.set_yticklabels(map(_short, names), fontsize=8, parse_math=False)
 
 def _draw_examples(axes, learn, items: list, title: str, colour: str, k: int) -> None:
     "Pictures with their regions, where there are any, the title over the first."
-    axes[0].set_title(title, fontsize=8, loc="left", color=colour)
+    axes[0].set_title(title, fontsize=8, loc="left", color=colour, parse_math=False)
     if not items: return axes[0].text(0, .5, "none", transform=axes[0].transAxes)
     pictures, look = learn.see(items)
     boxes = torch.zeros(len(items), 0, 4) if look.boxes is None else look.boxes

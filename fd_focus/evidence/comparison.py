@@ -171,12 +171,14 @@ def plot_results(
         if "gain" in line and not math.isnan(line.gain):
             reach = [[max(0, line.gain - line.low)], [max(0, line.high - line.gain)]]
             right.errorbar([line.gain], [y], xerr=reach, fmt="s", color="C1", capsize=4)
-    left.set(yticks=range(len(table)), yticklabels=table.variant, xlabel="accuracy, %", ylim=(len(table) - .5, -.5))
+    left.set_yticks(range(len(table)), table.variant, parse_math=False)
+    left.set(xlabel="accuracy, %", ylim=(len(table) - .5, -.5))
     left.set_title("each seed, and the mean (bar)", fontsize=10)
     right.set(xlabel="percentage points")
-    right.set_title(f"gain over {rival}, 95 % interval", fontsize=10); right.axvline(0, color="grey", lw=1)
+    right.set_title(f"gain over {rival}, 95 % interval", fontsize=10, parse_math=False)
+    right.axvline(0, color="grey", lw=1)
     for ax in (left, right): ax.grid(alpha=.3)
-    fig.suptitle(" · ".join(dict.fromkeys((Path(folder).name, data))), fontsize=11)
+    fig.suptitle(" · ".join(dict.fromkeys((Path(folder).name, data))), fontsize=11, parse_math=False)
     return fig
 
 # %% ../../nbs/50_comparison.ipynb #75_experiment010
@@ -239,7 +241,8 @@ def plot_cost(
         name = f"{line.variant} ({line.seeds})"
         left = x > (cost.min() + cost.max()) / 2       # the name stays inside the picture
         ax.annotate(name, (x, line.accuracy), (-6 if left else 6, 4), textcoords="offset points", fontsize=7,
-                    ha="right" if left else "left")
-    ax.set(xlabel=f"cost of an answer, multiply-adds of {rival} = 1", ylabel="accuracy, %")
+                    ha="right" if left else "left", parse_math=False)
+    ax.set_xlabel(f"cost of an answer, multiply-adds of {rival} = 1", parse_math=False)
+    ax.set_ylabel("accuracy, %")
     ax.margins(x=.25); ax.grid(alpha=.3)
     return ax.figure

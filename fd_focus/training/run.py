@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['make_loaders', 'make_learner', 'log_callback', 'versions', 'train', 'plot_curves', 'spread', 'regions_figure',
-           'write_run', 'write_examples']
+           'save_figure', 'write_run', 'write_examples']
 
 # %% ../../nbs/36_run.ipynb #36_run_imports
 import json
@@ -14,6 +14,8 @@ import platform
 import re
 import sys
 import time
+import warnings
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
@@ -233,18 +235,27 @@ def regions_figure(learn: FocusLearner, k: int = 12):
     return plot_focus(pictures, look, titles, ["green" if g == t else "red" for g, t in zip(guessed, true)])
 
 # %% ../../nbs/36_run.ipynb #72_run012f
+def save_figure(file: Path, draw: Callable) -> None:
+    "Write the figure that `draw()` gives; if it gives None, or fails, an earlier run's goes. A failure is a warning."
+    before, drawn = set(plt.get_fignums()), False
+    try:
+        if drawn := draw(): put(file, lambda part: drawn.savefig(part, dpi=110))
+    except Exception as error:       # of drawing, of a font, of a picture that has gone since
+        if isinstance(error, OSError) and error.filename == str(file): raise      # no room
+        drawn = False
+        warnings.warn(f"{file} was not drawn ({type(error).__name__}: {error}); the rest of the report is complete",
+                      RuntimeWarning, stacklevel=2)
+    if not drawn: file.unlink(missing_ok=True)
+    for number in set(plt.get_fignums()) - before: plt.close(number)
+
+# %% ../../nbs/36_run.ipynb #36_run_015
 def write_run(learn: FocusLearner, table: pd.DataFrame, summary: dict, out: str | Path) -> Path:
     "Write settings.yaml, metrics.csv, curves.png, regions.png and, last, summary.json into `out`."
     out = Path(out)
     write_settings(summary["settings"], out)
     put(out / "metrics.csv", lambda part: table.to_csv(part, index=False))
-    for name, figure in dict(curves=plot_curves(table), regions=regions_figure(learn)).items():
-        if figure is None:
-            (out / f"{name}.png").unlink(missing_ok=True)      # an earlier run's
-            continue
-        put(out / f"{name}.png", lambda part, figure=figure: figure.savefig(part, dpi=110))
-        figure.clear()
-        plt.close(figure)
+    save_figure(out / "curves.png", lambda: plot_curves(table))
+    save_figure(out / "regions.png", lambda: regions_figure(learn))
     put(out / "summary.json", lambda part: part.write_text(json.dumps(summary, indent=1)))
     return out
 
