@@ -39,7 +39,7 @@ def _turned_back(image: Image.Image) -> Image.Image:
         return image
 
 # %% ../../nbs/20_pictures.ipynb #20_pictures_007
-FORMATS = ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP"]     # what is read, for Pillow
+FORMATS = ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"]     # what is read, for Pillow
 
 _RAW = set(".raw .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf".split())      # TIFF in part: a thumbnail would be read
 
