@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cam', 'point_with']
 
-# %% ../../nbs/58_pointing.ipynb #58_pointing_004
+# %% ../../nbs/58_pointing.ipynb #58_pointing_025
 from collections.abc import Callable
 
 import torch
@@ -16,14 +16,14 @@ from ..attention import attention_map
 from ..methods import Look, Method
 from ..regions import propose, region_grid
 
-# %% ../../nbs/58_pointing.ipynb #58_pointing_006
+# %% ../../nbs/58_pointing.ipynb #58_pointing_027
 def _first_maps(net: Method, x: Tensor) -> Tensor:
     "Z (B,n,h,w) of the first look at x (B,3,H,W), reduced to `image_size` where it is larger."
     if tuple(x.shape[2:]) != net.image_size:
         x = F.interpolate(x, size=net.image_size, mode="bilinear", antialias=True, align_corners=False)
     return net.body(x)
 
-# %% ../../nbs/58_pointing.ipynb #58_pointing_007
+# %% ../../nbs/58_pointing.ipynb #58_pointing_028
 @torch.no_grad()
 def cam(
     net: Method,            # in eval mode, with a `body` and a linear `image_head` behind the mean of its maps
@@ -35,7 +35,7 @@ def cam(
     maps, head = _first_maps(net, x), net.image_head
     return attention_map(maps, head.weight, head(maps.mean((2, 3))).argmax(1) if single else None, sigma)
 
-# %% ../../nbs/58_pointing.ipynb #58_pointing_013
+# %% ../../nbs/58_pointing.ipynb #58_pointing_034
 def point_with(
     attention: Callable,   # of network and batch (B,3,H,W) to maps (B,h,w), such as `cam`
     region: float = .5,    # side of a region as a share of the picture's
