@@ -1,5 +1,7 @@
 "What is wrong with a folder or a CSV, and how it is said."
+import os
 import shutil
+import unicodedata
 import warnings
 
 import numpy as np
@@ -100,7 +102,8 @@ def test_unread_kinds_are_counted(folder):
 
 def test_hidden_folders_are_no_data(folder):
     before = folder_table(folder)
-    for place in ("a/.thumbnails", "a/deep/.cache", "a/__MACOSX", "__MACOSX/a", ".trash"):
+    for place in ("a/.thumbnails", "a/deep/.cache", "a/__MACOSX", "__MACOSX/a", ".trash", "@eaDir", "b/@eaDir/x",
+                  "lost+found", "System Volume Information", "$RECYCLE.BIN", "#recycle", ".ipynb_checkpoints"):
         (folder / place).mkdir(parents=True)
         photograph(60).save(folder / place / "0.jpg")
     photograph(61).save(folder / "._loose.jpg")
@@ -109,6 +112,52 @@ def test_hidden_folders_are_no_data(folder):
         assert folder_table(folder).equals(before)
         before.to_csv(folder / "split.csv", index=False)
         assert folder_table(folder).equals(before)
+
+
+def test_what_fastai_writes_is_no_class(folder):
+    before = folder_table(folder)
+    (folder / "models").mkdir()                                             # as lr_find leaves it
+    assert folder_table(folder).equals(before)
+    (folder / "models" / "best.pth").write_bytes(b"weights")                # learn.save
+    assert folder_table(folder).equals(before)
+    (folder / "models" / "x.heic").write_bytes(b"")                         # somebody's models
+    with pytest.warns(DataWarning, match=".heic 1"), pytest.raises(ValueError, match="without pictures: models"):
+        folder_table(folder)
+    photograph(60).save(folder / "models" / "x.jpg")
+    with pytest.warns(DataWarning): assert set(folder_table(folder).label) == {"a", "b", "models"}
+
+
+def test_pictures_are_known_by_their_content(folder):
+    "Whatever their names end in; what is none, and seems to be one by its name, is counted."
+    before = set(folder_table(folder).file)
+    names = {"no_ending": "PNG", "x.jpg_large": "JPEG", "x.jif": "JPEG", "x.apng": "PNG", "x.jpeg~": "WEBP",
+             "x.mpo": "JPEG", "x.avif": "AVIF", "x.jp2": "JPEG2000", "x.pgm": "PPM", "x.mp3": "GIF"}
+    for i, (name, kind) in enumerate(names.items()): photograph(100 + i).save(folder / "a" / name, kind)
+    for name in ("notes.txt", "box.xml"): (folder / "b" / name).write_text("PNG")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DataWarning)
+        assert set(folder_table(folder).file) - before == {f"a/{name}" for name in names}
+        assert len(loaders(folder).table) == 16 + len(names)
+    photograph(1).save(folder / "b" / "x.nef", "TIFF")                      # a thumbnail would be read
+    for name in ("cut.jpg_large", "README", "x.tga"): (folder / "b" / name).write_text("no picture")
+    os.mkfifo(folder / "b" / "pipe")
+    with pytest.warns(DataWarning, match="5 files .*: .jpg_large 1, .nef 1, .tga 1, no ending 2; convert"):
+        assert len(folder_table(folder)) == 16 + len(names)
+
+
+NFC, NFD = (unicodedata.normalize(form, "m\u00e9sange") for form in ("NFC", "NFD"))
+
+
+def test_two_forms_of_an_accent_are_one_class(folder):
+    for half, form in (("train", NFC), ("test", NFD)):
+        for name, to in (("a", form), ("b", "b")): shutil.copytree(folder / name, folder.parent / "two" / half / to)
+    table = folder_table(folder.parent / "two")
+    assert set(table.label) == {NFC, "b"} and table.groupby("label").split.nunique().eq(2).all()
+    for form, name in ((NFC, "a"), (NFD, "b")): shutil.copytree(folder / name, folder.parent / "beside" / form)
+    with pytest.raises(ValueError, match="only one class, m\u00e9sange"): loaders(folder.parent / "beside")
+    (folder.parent / "beside" / unicodedata.normalize("NFD", "caf\u00e9")).mkdir()
+    with pytest.raises(ValueError, match="class folders without pictures: caf\u00e9"):
+        folder_table(folder.parent / "beside")
 
 
 def test_what_valid_pct_leaves_out(folder):
