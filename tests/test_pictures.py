@@ -1,18 +1,22 @@
 "Pictures as they come, against torchvision's decoders, and what a check of them finds."
+import io
+import os
 import shutil
 import struct
+import subprocess
+import threading
 import warnings
 import zlib
 
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms, PngImagePlugin
 from torchvision.io import ImageReadMode, decode_gif, decode_image, read_file
 from conftest import photograph, two_classes
 
-from fd_focus.data.pictures import (ReducedPictures, bad_images, check_images, duplicate_images, open_image,
-                                    upright_size)
+from fd_focus.data.pictures import (ReducedPictures, bad_images, check_images, duplicate_images, is_picture,
+                                    open_image, upright_size)
 from fd_focus.data.tables import folder_table
 
 pytestmark = pytest.mark.usefixtures("no_memory_of_earlier_checks")
@@ -248,3 +252,162 @@ def test_the_same_pixels_in_both_splits(tmp_path):
     )
     found = duplicate_images(table, tmp_path)
     assert found.file.tolist() == ["a.jpg", "b.jpg"] and set(found.problem) == {"train and valid"}
+
+
+def mean_colour(file): return np.asarray(open_image(file)).mean((0, 1)).round().astype(int).tolist()
+
+
+def swapped_profile():
+    "A profile whose red is sRGB's green, and the other way round."
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    return srgb.replace(b"rXYZ", b"none").replace(b"gXYZ", b"rXYZ").replace(b"none", b"gXYZ")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_a_profile_says_what_colours_mean(tmp_path, mode):
+    red = Image.new("RGB", (8, 8), "red").convert(mode)
+    if mode == "RGBA": red.putalpha(128)
+    red.save(tmp_path / "x.png", icc_profile=swapped_profile())
+    assert mean_colour(tmp_path / "x.png") == ([127, 255, 127] if mode == "RGBA" else [0, 255, 0])
+    again = open_image(open_image(tmp_path / "x.png"))                    # a picture is converted once
+    again.save(tmp_path / "again.png")                                   # and says nothing of a profile any more
+    assert mean_colour(tmp_path / "again.png") == mean_colour(tmp_path / "x.png")
+
+
+def test_a_profile_that_changes_nothing_or_fits_nothing_changes_nothing(tmp_path):
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for mode in ("RGB", "L", "CMYK"):
+        for profile in (srgb, b"no profile", srgb[:200]):
+            picture = photograph().convert(mode)
+            picture.save(tmp_path / "plain.tif")
+            picture.save(tmp_path / "with.tif", icc_profile=profile)
+            plain, marked = (np.asarray(open_image(tmp_path / name)) for name in ("plain.tif", "with.tif"))
+            assert (plain == marked).all()
+
+
+@pytest.mark.parametrize("dtype,values,grey", [
+    (np.uint16, [0, 2048, 4095], [0, 128, 255]), (np.uint16, [0, 32768, 65535], [0, 128, 255]),
+    (np.uint16, [0, 100, 200], [0, 100, 200]), (np.int32, [0, 100, 200], [0, 100, 200]),
+    (np.int32, [0, 2 ** 29, 2 ** 30], [0, 128, 255]), (np.int32, [-1000, 0, 1000], [0, 128, 255]),
+    (np.int32, [0, 0, 0], [0, 0, 0]), (np.float32, [0, .5, 1], [0, 128, 255]), (np.float32, [0, .2, .4], [0, 51, 102]),
+    (np.float32, [-1, 0, 1], [0, 128, 255]), (np.float32, [0, 1e-4, 2e-4], [0, 128, 255]),
+    (np.float32, [0, np.nan, 1], [0, 0, 255]), (np.float32, [-np.inf, .5, np.inf], [0, 128, 255]),
+    (np.float32, [np.nan] * 3, [0] * 3)])
+def test_deep_pictures_are_neither_black_nor_white(tmp_path, dtype, values, grey):
+    Image.fromarray(np.array([values], dtype)).save(tmp_path / "x.tif")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.asarray(open_image(tmp_path / "x.tif"))[0, :, 0].tolist() == grey
+
+
+def test_different_dark_pictures_are_no_copies(tmp_path):
+    files = [tmp_path / f"{i}.tif" for i in range(4)]
+    for i, file in enumerate(files):
+        Image.fromarray(np.random.default_rng(i).integers(0, 120, (40, 40)).astype(np.int32)).save(file)
+    assert len(set(check_images(files)[1].values())) == 4
+
+
+@pytest.mark.parametrize("program", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
+                                     b"8BPS" + b"\0" * 60, b"SIMPLE  =                    T" + b" " * 51])
+def test_formats_are_those_of_photographs(tmp_path, monkeypatch, program):
+    "An EPS named .jpg would start Ghostscript."
+    for name in ("x.jpg", "x"): (tmp_path / name).write_bytes(program)
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: pytest.fail("a program was started"))
+    for read in (open_image, upright_size):
+        why = "cannot identify image file .*read are AVIF, BMP"
+        with pytest.raises(ValueError, match=why): read(tmp_path / "x.jpg")
+    assert "read are AVIF" in bad_images([tmp_path / "x.jpg"])[tmp_path / "x.jpg"] and not is_picture(tmp_path / "x")
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP"])
+def test_a_picture_is_known_by_its_content(tmp_path, kind):
+    (tmp_path / "x").write_bytes(encoded(photograph(), kind))
+    assert is_picture(tmp_path / "x") and open_image(tmp_path / "x").size == upright_size(tmp_path / "x") == (64, 48)
+
+
+def encoded(picture, kind, **options):
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_heic(tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.from_pillow(photograph()).save(tmp_path / "x.heic")
+    assert is_picture(tmp_path / "x.heic") and upright_size(tmp_path / "x.heic") == (64, 48)
+    assert np.abs(np.asarray(open_image(tmp_path / "x.heic")).astype(int) - np.asarray(photograph())).mean() < 10
+
+
+def test_what_would_keep_us_waiting_is_no_picture(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for file in (tmp_path / "pipe.jpg", "/dev/zero"):
+        with pytest.raises(ValueError, match="no regular file"): open_image(file)
+        with pytest.raises(ValueError, match="no regular file"): upright_size(file)
+    assert "no regular file" in bad_images([tmp_path / "pipe.jpg"])[tmp_path / "pipe.jpg"]
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_jpeg_beyond_twice_the_limit_is_decoded_small(tmp_path, monkeypatch):
+    for kind in ("jpg", "png"): photograph(size=(1200, 900)).save(tmp_path / f"x.{kind}")
+    photograph(size=(1200, 900)).save(tmp_path / "progressive.jpg", progressive=True)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400_000)
+    for source in (tmp_path / "x.jpg", io.BytesIO((tmp_path / "x.jpg").read_bytes()), tmp_path / "progressive.jpg"):
+        assert open_image(source, 300).size == (600, 450)
+        with pytest.raises(ValueError, match="1200x900 pixels are more than 0 million"): open_image(source)
+    assert upright_size(tmp_path / "x.jpg") == (1200, 900) and bad_images([tmp_path / "x.jpg"]) == {}
+    with pytest.raises(ValueError, match="Image size .* exceeds limit .* Shrink"): open_image(tmp_path / "x.png", 300)
+    table = pd.DataFrame(dict(file=["x.jpg", "y.jpg"], label=["a", "b"], split="train"))
+    shutil.copy(tmp_path / "x.jpg", tmp_path / "y.jpg")                   # too large to be compared in full
+    assert len(duplicate_images(table, tmp_path)) == 2
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200_000)
+    assert open_image(tmp_path / "x.jpg", 100).size == (150, 113)
+    with pytest.raises(ValueError, match="bomb"): open_image(tmp_path / "progressive.jpg", 100)     # held whole
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000)
+    with pytest.raises(ValueError, match="bomb"): open_image(tmp_path / "x.jpg", 100)               # 21 times as large
+
+
+def test_an_app_may_ask_for_a_lower_limit(tmp_path):
+    for kind in ("jpg", "png"): photograph(size=(1200, 900)).save(tmp_path / f"x.{kind}")
+    for kind in ("jpg", "png"):
+        assert open_image(tmp_path / f"x.{kind}", max_pixels=1_080_000).size == (1200, 900)
+        with pytest.raises(ValueError, match="1200x900 pixels are more than 1 million"):
+            open_image(tmp_path / f"x.{kind}", max_pixels=1_079_999)
+    assert open_image(tmp_path / "x.jpg", 300, max_pixels=500_000).size == (600, 450)
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_a_picture_with_much_text_is_read_without_it(tmp_path, where):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("document", "x" * 2_000_000, zip=True)
+    data = encoded(photograph(), "PNG", pnginfo=text)
+    if where == "after":
+        start, plain = data.index(b"zTXt") - 4, encoded(photograph(), "PNG")
+        chunk = data[start:start + 12 + int.from_bytes(data[start:start + 4])]
+        data = plain[:-12] + chunk + plain[-12:]
+    (tmp_path / "x.png").write_bytes(data)
+    for source in (tmp_path / "x.png", io.BytesIO(data)):
+        assert upright_size(source) == (64, 48) and (np.asarray(open_image(source)) == np.asarray(photograph())).all()
+    assert bad_images([tmp_path / "x.png"]) == {} and is_picture(tmp_path / "x.png")
+
+
+def test_first_and_second_reading_of_a_cached_picture_are_the_same(tmp_path):
+    for kind, size in (("jpg", (640, 480)), ("png", (640, 480)), ("jpg", (100, 100))):
+        photograph(size=size).save(tmp_path / f"x.{kind}")
+        kept, full = ReducedPictures(tmp_path / "kept", 60), ReducedPictures(tmp_path / "full", 60, gigabytes=0)
+        first, second, unkept = (np.asarray(read(tmp_path / f"x.{kind}")) for read in (kept, kept, full))
+        assert (first == second).all() and (first == unkept).all()
+    assert len(list((tmp_path / "kept").iterdir())) == 2 and not list((tmp_path / "full").iterdir())
+
+
+def test_a_picture_is_kept_whole_or_not_at_all(tmp_path, monkeypatch):
+    photograph(size=(640, 480)).save(tmp_path / "x.jpg")
+    def full(number): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    picture = ReducedPictures(tmp_path / "kept", 60)(tmp_path / "x.jpg")
+    assert picture.size == (80, 60) and not list((tmp_path / "kept").iterdir())
+    monkeypatch.undo()
+    readers = [threading.Thread(target=ReducedPictures(tmp_path / "kept", 60), args=(tmp_path / "x.jpg",))
+               for _ in range(4)]
+    for reader in readers: reader.start()
+    for reader in readers: reader.join()
+    assert [file.suffix for file in (tmp_path / "kept").iterdir()] == [".jpg"]
