@@ -71,15 +71,13 @@ def test_onnx_of_every_kind_of_net(dls, tmp_path, kwargs):
     import onnx
     model = onnx.load(file)
     onnx.checker.check_model(model)
-    outputs = (
-        ["probabilities"]
-        if "method" in kwargs and kwargs["method"] == "plain"
-        else ["probabilities", "boxes", "scores", "attention"]
-    )
+    outputs = list(FocusPipeline(net).outputs)
+    assert ("boxes" in outputs) == (kwargs.get("method") != "plain")
+    assert ("looked_again" in outputs) == (getattr(net, "answer", None) == "adaptive")
     assert [i.name for i in model.graph.input] == ["image"] and [o.name for o in model.graph.output] == outputs
-    assert not model.functions and {node.domain for node in model.graph.node} == {
-        ""
-    }  # nothing but ONNX's own operators
+    branches = [part.g for node in model.graph.node if node.op_type == "If" for part in node.attribute]
+    domains = {node.domain for graph in (model.graph, *branches) for node in graph.node}
+    assert not model.functions and domains == {""}                                    # nothing but ONNX's own operators
     assert all(
         dims.dim[0].dim_param
         for dims in [model.graph.input[0].type.tensor_type.shape, model.graph.output[0].type.tensor_type.shape]
@@ -131,6 +129,51 @@ def test_torch_export(dls, tmp_path):
     extra = {"classes": ""}
     torch.export.load(tmp_path / "model.pt2", extra_files=extra)
     assert json.loads(extra["classes"]) == net.classes
+
+
+@pytest.mark.parametrize("kwargs", [dict(fusion="mean"), pytest.param(dict(crop_norm="separate", attention="single"),
+                                                                      marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("format", export.FORMATS)
+def test_adaptive_for_nobody_some_everybody(tmp_path, format, kwargs):
+    "Batches in which nobody, some, and all look again, of one picture and of sixteen; crops are reduced."
+    dls = FocusDataLoaders.from_toy(2, 1, image_size=128, n_classes=3, bs=2)
+    learn = learner(dls, image_size=64, answer="adaptive", m=4, l=2, **kwargs)
+    net = load_focus(save_focus(learn, tmp_path / "model", temperature=1.5))
+    pipeline, birds = FocusPipeline(net), toy_images((128, 128), 40)
+    with torch.no_grad():
+        confidence = net.look((birds - pipeline.mean) / pipeline.std).heads["image"].softmax(1).amax(1)
+    order = confidence.argsort()
+    net.look_again_below = float(confidence[order[18:20]].mean())          # 19 of 40 are below
+    run = run_exported(export_model(net, tmp_path / f"model{export.FORMATS[format]}", format))
+    for rows, unsure in ((order[:16], 16), (order[12:28], 7), (order[-16:], 0), (order[:1], 1), (order[-1:], 0)):
+        parity = check_parity(net, run, birds[rows], bs=len(rows))
+        assert parity.ok and parity.looked_again == unsure and parity.ties == 0, parity
+        found = run(birds[rows])                                           # the whole batch at once
+        with torch.no_grad(): want = dict(zip(pipeline.outputs, pipeline(birds[rows])))
+        assert torch.equal(found["looked_again"], want["looked_again"])
+        assert torch.allclose(found["probabilities"], want["probabilities"], atol=1e-5)
+
+
+def test_parity_of_who_looks_again(dls, tmp_path):
+    "A wrong choice is an error, one that hangs on the last digits a tie."
+    net = loaded(dls, tmp_path, answer="adaptive")
+    pipeline, birds = FocusPipeline(net), toy_images((64, 64), 8)
+    def run(image):
+        with torch.no_grad(): return dict(zip(pipeline.outputs, pipeline(image)))
+    with torch.no_grad():
+        confidence = net.look((birds - pipeline.mean) / pipeline.std).heads["image"].softmax(1).amax(1)
+    def flipped(image):
+        "As an answer that thinks the first bird sure, or unsure, where it is the other."
+        found, first = run(image), (image == birds[0]).flatten(1).all(1)
+        return found | dict(looked_again=found["looked_again"] ^ first)
+
+    for distance, ok in ((5e-5, True), (-5e-5, True), (.001, False), (-.001, False)):
+        net.look_again_below = confidence[0].item() + distance
+        assert check_parity(net, run, birds).ok
+        parity = check_parity(net, flipped, birds)
+        assert parity.ok == ok and parity.same_looks == 7 and parity.ties == ok, parity
+    net.look_again_below = 0.
+    assert check_parity(net, run, birds).looked_again == 0
 
 
 def test_input_larger_than_the_first_look(tmp_path):
