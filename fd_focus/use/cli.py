@@ -168,6 +168,8 @@ def fd_focus_export(
         part.replace(file)
     finally: part.unlink(missing_ok=True)
     print(f"{file}: {file.stat().st_size / 1e6:.1f} MB; PyTorch and the exported graph on {parity}")
+    who = {0: "none of them was", parity.images: "all of them were"}.get(parity.looked_again)
+    if who: print(f"{who} looked at again; with --images of your own kind, both ways are compared")
 
 # %% ../../nbs/67_cli.ipynb #95_cli_bench2
 @command
