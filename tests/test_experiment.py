@@ -164,3 +164,18 @@ def test_interval_narrows_with_pictures():
         _, low, high = paired_difference(ours, rival, n=1000)
         widths.append(high - low)
     assert widths[0] > 1.5 * widths[1] > 2.25 * widths[2]
+
+
+def test_answers_of_one_training_share_its_heads(tmp_path):
+    toy = "arch: toy_resnet, image_size: 64, n_classes: 3, images_per_class: 6, valid_per_class: 3, epochs: 1, bs: 6"
+    (tmp_path / "plan.yaml").write_text(
+        f"base: {{{toy}}}\nseeds: [0]\n"
+        "variants: {one: {m: 2, l: 2, answer: image}, all: {m: 2, l: 2, answer: ensemble}, plain: {method: plain}}")
+    rows = run_experiment(tmp_path, say=lambda line: None)
+    assert (rows.status == "ok").all() and rows.seconds[0] == rows.seconds[1] != rows.seconds[2]
+    one, both = (read_predictions(tmp_path, "default", name, 0) for name in ("one", "all"))
+    assert set(both) == {"files", "target", "answer"} and {"image", "region", "ensemble"} <= set(one)
+    assert (one["answer"] == one["image"]).all() and (both["answer"] == one["ensemble"]).all()
+    for choice in ("look_again: 10%, answer: adaptive", "preset: photos, look_again: 0.1"):
+        (tmp_path / "plan.yaml").write_text(f"base: {{{toy}}}\nvariants: {{a: {{{choice}}}}}\nseeds: [0]")
+        with pytest.raises(ValueError, match="look_again would choose on the pictures that judge"): load_plan(tmp_path)

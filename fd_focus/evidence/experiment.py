@@ -64,8 +64,10 @@ def _check_shape(file: Path, plan: dict) -> None:
 # %% ../../nbs/57_experiment.ipynb #75_experiment007
 def _settings(values: dict, where: str) -> Settings:
     "Settings of a dict. ValueError names the place, and unknown or misshaped ones."
-    try: return make_settings(values)
+    try: settings = make_settings(values)
     except ValueError as error: raise ValueError(f"{where}: {error}") from None
+    if settings.look_again is None: return settings
+    raise ValueError(f"{where}: look_again would choose on the pictures that judge; set look_again_below")
 
 def _plan_file(plan: str | Path) -> Path:
     "The YAML file of a plan: itself, or the plan.yaml of a folder."
@@ -135,6 +137,7 @@ def _same(recorded: str, settings: Settings) -> bool:
 
 # %% ../../nbs/57_experiment.ipynb #57_experiment_009
 _ANSWERING = ("answer", "look_again_below")      # settings that change nothing in training
+_OWN = ("files", "target", "answer", "looked_again")    # what differs then; the heads stand with the first of them
 
 def _training(settings: Settings) -> str:
     "What a training depends on."
@@ -163,14 +166,14 @@ def _one_run(run: PlannedRun, trained: dict | None = None) -> tuple[dict, dict |
     row, found = dict(variant=run.variant, seed=run.seed, data=run.data, accuracy=math.nan, status="ok"), None
     trained = {} if trained is None else trained
     try:
-        if (key := _training(run.settings)) not in trained:
+        if new := (key := _training(run.settings)) not in trained:
             trained.clear()                            # one network at a time
             trained[key] = train(run.settings, bar=False)
         learn, table, summary = trained[key]
         _answer_as(bare(learn.model), run.settings)
         said = predictions(learn)
         row |= _row(learn, table, summary, said)
-        found = said
+        found = {name: array for name, array in said.items() if new or name in _OWN}
     except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
         row["status"] = f"failed: {type(error).__name__}: {error}".split("\n")[0][:300]
     return row | dict(settings=_fingerprint(run.settings)), found

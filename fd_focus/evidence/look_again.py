@@ -74,8 +74,9 @@ def mean_curve(
 
 def plot_worth(
     folder: str | Path,          # of a question with rows of these variants
-    everybody: str,              # the variant in which everybody looks again: it knows both looks
-    marks: dict[str, str],       # its other answers: variant -> what to write beside it
+    both: str,                   # the variant whose predictions hold both looks: the first of its training
+    everybody: str,              # the variant in which everybody looks again
+    marks: dict[str, str],       # other answers: variant -> what to write beside it
     rivals: dict[str, str],      # plain networks: variant -> what to write; the first one's cost is 1
     ax=None,                     # None: a new figure
 ) -> plt.Figure:
@@ -84,15 +85,16 @@ def plot_worth(
     table = summarise(folder, next(iter(rivals)), variants=[*rivals, *marks, everybody])
     data, table = table.data.iloc[0], table.set_index("variant")
     cost = table.giga_multiply_adds / table.giga_multiply_adds.iloc[0]
-    rows = read_rows(folder).query("variant == @everybody and status == 'ok'")
+    rows = read_rows(folder).query("variant == @both and status == 'ok'")
     shares = np.linspace(0, 1, 201)
-    curve = mean_curve([read_predictions(folder, data, everybody, seed) for seed in rows.seed], shares)
-    ax.plot(1 + shares * (cost[everybody] - 1), 100 * curve, color="C1", label="looks again where it is unsure")
+    curve = mean_curve([read_predictions(folder, data, both, seed) for seed in rows.seed], shares)
+    ax.plot(cost[both] + shares * (cost[everybody] - cost[both]), 100 * curve, color="C1",
+            label="looks again where it is unsure")
     for name, text in (rivals | marks | {everybody: "everybody looks again"}).items():
         if name not in table.index: continue
         style = dict(fmt="o", color="grey") if name in rivals else dict(fmt="s", color="C1")
         ax.errorbar(cost[name], table.accuracy[name], np.nan_to_num(table.sd[name]), capsize=3, **style)
-        left = cost[name] > cost.median()
+        left = cost[name] > (cost.min() + cost.max()) / 2           # the text stays inside
         ax.annotate(text, (cost[name], table.accuracy[name]), (-7 if left else 7, -11), textcoords="offset points",
                     fontsize=8, ha="right" if left else "left")
     ax.set(xlabel="multiply-adds of an answer, plain = 1", ylabel="accuracy, %")
