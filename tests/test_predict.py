@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,13 @@ from PIL import Image, ImageOps
 
 from fd_focus.use.cli import fd_focus_predict
 from fd_focus.data.loaders import FocusDataLoaders
+from fd_focus.data.pictures import DataWarning
 from fd_focus.use.model_folder import save_focus
 from fd_focus.methods import METHODS, Look, Method, register
 from fd_focus.training.learner import focus_learner
 from fd_focus.use.app import explain
 from fd_focus.use.files import Rows, find_pictures, predict_files
-from fd_focus.use.predict import FocusClassifier, Prediction, draw_prediction, prepare
+from fd_focus.use.predict import FocusClassifier, Prediction, draw_prediction, open_any, prepare
 from fd_focus.toy import ToyBirds
 
 SIZES = ((90, 70), (64, 120), (77, 77))    # of the original pictures, width and height
@@ -875,3 +877,42 @@ def test_pictures_behind_links_are_found_and_closed_folders_named(birds, tmp_pat
     (tmp_path / "away").chmod(0)
     assert str(tmp_path / "in" / "linked") in list(find_pictures([str(tmp_path / "in")]))
     (tmp_path / "away").chmod(0o755)
+
+
+def test_what_is_left_out_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("fd_focus.use.files.FORMATS", ["JPEG", "PNG"])
+    monkeypatch.setattr("fd_focus.data.pictures.FORMATS", ["JPEG", "PNG"])
+    monkeypatch.setattr("fd_focus.data.pictures.EXTENSIONS", {".jpg", ".png"})
+    for name in ("a.png", "b.jpg_large", "c"): Image.new("RGB", (40, 40)).save(tmp_path / name, "PNG")
+    for name in ("d.heic", "e.HEIC", "f.txt", "g", ".hidden"): (tmp_path / name).write_bytes(b"\0\0\0\x18ftypheic")
+    with pytest.warns(DataWarning) as told: found = list(find_pictures([str(tmp_path)]))
+    assert [Path(name).name for name in found] == ["a.png", "b.jpg_large", "c"]
+    assert len(told) == 1 and str(told[0].message) == (
+        "left out, for they are no pictures that can be read: 2 .heic, 1 .txt, 1 without an ending "
+        "(pip install 'fd_focus[heic]' reads HEIC)")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert list(find_pictures([str(tmp_path / "*.png"), str(tmp_path / "d.heic")]))      # named ones get rows
+
+
+def test_a_drawing_is_whole_or_not_there(birds, model, tmp_path, monkeypatch):
+    from fd_focus.use.files import _draw
+    file = str(sorted(birds.rglob("*.jpg"))[0])
+    def full(number): raise OSError(28, "No space left on device")
+    found = FocusClassifier.load(model, "cpu").predict(file)
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"): _draw(file, found, tmp_path / "seen", set())
+    assert not [place for place in (tmp_path / "seen").rglob("*") if place.is_file()]
+    assert _draw(file, found, tmp_path / "seen", set()) is None
+    assert [place.suffix for place in (tmp_path / "seen").rglob("*") if place.is_file()] == [".jpg"]
+
+
+def test_a_jpeg_beyond_pillows_limit_is_answered_and_an_app_may_ask_for_less(model, tmp_path, monkeypatch):
+    Image.effect_noise((1200, 900), 40).convert("RGB").save(tmp_path / "x.jpg")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400_000)
+    found = FocusClassifier.load(model, "cpu").predict(tmp_path / "x.jpg")
+    assert found.size == (900, 1200) and draw_prediction(tmp_path / "x.jpg", found, longest=400).size == (400, 300)
+    for source in (tmp_path / "x.jpg", (tmp_path / "x.jpg").read_bytes()):
+        assert open_any(source, 200, max_pixels=100_000)[1] == (900, 1200)
+        with pytest.raises(ValueError, match="1200x900 pixels are more than"): open_any(source, 200, max_pixels=50_000)

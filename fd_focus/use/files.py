@@ -8,21 +8,26 @@ __all__ = ['find_pictures', 'check_kind', 'Rows', 'regions_file', 'Tally', 'pred
 # %% ../../nbs/62_files.ipynb #62_files_013
 import csv
 import glob
+import io
 import json
 import os
 import time
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count, islice, takewhile
 from pathlib import Path
 
 from fastcore.basics import patch
+from PIL import Image
 
-from ..data.pictures import EXTENSIONS
+from ..data.pictures import FORMATS, DataWarning, is_picture
+from ..training.checkpoint import put
 from .predict import FocusClassifier, Prediction, draw_prediction
 
 # %% ../../nbs/62_files.ipynb #92_predict061x
-def _folder(path: str, regions: Path | None) -> Iterator[str]:
+def _folder(path: str, regions: Path | None, left: Counter) -> Iterator[str]:
     "All pictures below a folder, through links; and what opening will fail of: no pictures, or a closed folder."
     def drawn(folder, name): return regions is not None and Path(folder, name).resolve() == regions
     empty, seen, closed = True, set(), []
@@ -31,43 +36,54 @@ def _folder(path: str, regions: Path | None) -> Iterator[str]:
         if here in seen: folders[:], names = [], []           # links may form a loop
         seen.add(here)
         folders[:] = sorted(name for name in folders if not name.startswith(".") and not drawn(folder, name))
-        for name in sorted(names):
-            if os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith("."):
-                empty = False
-                yield os.path.join(folder, name)
+        for file in (Path(folder, name) for name in sorted(names) if not name.startswith(".")):
+            if not is_picture(file): left[file.suffix.lower() or "without an ending"] += 1; continue
+            empty = False
+            yield os.path.join(folder, file.name)
     yield from (error.filename for error in closed if error.filename != path)
     if empty: yield path
 
 # %% ../../nbs/62_files.ipynb #92_predict061c
-def _matches(pattern: str, found: list[str], regions: Path | None) -> Iterator[str]:
+def _matches(pattern: str, found: list[str], regions: Path | None, left: Counter) -> Iterator[str]:
     "What a pattern has found, each once: a folder stands for the pictures below it, though '**' names those too."
     start = Path(*takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts)).resolve()
     below, seen = regions is not None and start in regions.parents, set()
     for match in found:
         if below and Path(match).resolve().is_relative_to(regions): continue
-        for name in _folder(match, regions) if os.path.isdir(match) else [match]:
+        for name in _folder(match, regions, left) if os.path.isdir(match) else [match]:
             if name not in seen: yield name
             seen.add(name)
 
 # %% ../../nbs/62_files.ipynb #92_predict061f
-def _below(path: str, lines: Iterable[str], regions: Path | None) -> Iterator[str]:
+def _below(path: str, lines: Iterable[str], regions: Path | None, left: Counter) -> Iterator[str]:
     "The pictures one argument stands for."
     if path == "-": yield from (line.rstrip("\r\n") for line in lines if line.strip())
-    elif os.path.isdir(path): yield from _folder(path, regions)
+    elif os.path.isdir(path): yield from _folder(path, regions, left)
     elif not os.path.exists(path) and glob.has_magic(path) and (found := sorted(glob.glob(path, recursive=True))):
-        yield from _matches(path, found, regions)
+        yield from _matches(path, found, regions, left)
     else: yield path
 
+def _all_below(paths: Iterable[str], *args) -> Iterator[str]:
+    "The pictures of all arguments; at the end, a DataWarning of what folders held besides."
+    left = Counter()
+    for path in paths: yield from _below(path, *args, left)
+    if not left: return
+    counts = ", ".join(f"{number} {kind}" for kind, number in sorted(left.items()))
+    if "HEIF" not in FORMATS and {".heic", ".heif"} & set(left): counts += " (pip install 'fd_focus[heic]' reads HEIC)"
+    warnings.warn(f"left out, for they are no pictures that can be read: {counts}", DataWarning, stacklevel=2)
+
+# %% ../../nbs/62_files.ipynb #62_files_024
 def find_pictures(
     paths: Iterable[str],       # files, folders with all below them, patterns such as 'birds/**/*.jpg', or '-': `lines`
     lines: Iterable[str] = (),  # a path a line
     rank: int = 0, world: int = 1,  # every `world`-th picture, from the `rank`-th on
     regions: Path | None = None,    # a folder of drawings, which is left out
 ) -> Iterator[str]:
-    "Names of pictures, in a fixed order. What does not exist is named too: opening it says what is wrong."
+    """Names of pictures, in a fixed order. What does not exist is named too: opening it says what is wrong.
+    At the end a DataWarning counts what else lies in the folders."""
     if not 0 <= rank < world: raise ValueError(f"rank={rank} of world={world}; ranks count from 0")
     regions = regions and regions.resolve()
-    return islice((name for path in paths for name in _below(path, lines, regions)), rank, None, world)
+    return islice(_all_below(paths, lines, regions), rank, None, world)
 
 # %% ../../nbs/62_files.ipynb #92_predict064
 def check_kind(kind: str) -> None:
@@ -141,7 +157,7 @@ def _regions_folder(folder: Path) -> None:
     mark = folder / ".drawn_by_fd_focus"
     if not mark.exists() and folder.is_dir():
         other = sorted(entry for entry in folder.iterdir()
-                       if not entry.name.startswith(".") and (entry.is_dir() or entry.suffix.lower() in EXTENSIONS))
+                       if not entry.name.startswith(".") and (entry.is_dir() or is_picture(entry)))
         if other:
             raise ValueError(f"regions: {folder} holds what is no drawing of an earlier run, such as {other[0]}, and "
                              "might be overwritten; give a new folder")
@@ -196,13 +212,19 @@ class _Counter:
         if self.live: self.stream.write("\r" + " " * 60 + "\r")
 
 # %% ../../nbs/62_files.ipynb #62_files_021
+def _save(drawn: Image.Image, target: Path):
+    "Encoded in memory, for Pillow does not notice that a disk is full; then written as a whole or not at all."
+    buffer = io.BytesIO()
+    drawn.save(buffer, Image.registered_extensions()[target.suffix.lower()])
+    put(target, lambda part: part.write_bytes(buffer.getvalue()))
+
 def _draw(file: str, found: Prediction, regions: Path, drawings: set[Path]) -> Exception | None:
     "Write a picture with its regions. What is wrong with the picture is returned; OSError for the disk."
     target = _free(regions_file(file, regions), drawings)
     target.parent.mkdir(parents=True, exist_ok=True)
     try: drawn = draw_prediction(file, found, longest=1600)
     except Exception as why: return ValueError(f"not drawn: {str(why) or repr(why)}")
-    drawn.save(target)
+    _save(drawn, target)
 
 # %% ../../nbs/62_files.ipynb #62_files_023
 def predict_files(

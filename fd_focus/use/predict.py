@@ -53,11 +53,9 @@ def _array(source: np.ndarray | Tensor) -> np.ndarray:
     return values
 
 # %% ../../nbs/61_predict.ipynb #92_predict011f
-def _open_file(file, min_side: int | None) -> tuple[Image.Image, tuple[int, int]]:
+def _open_file(file, *bounds: int | None) -> tuple[Image.Image, tuple[int, int]]:
     "A decoded file, perhaps at reduced scale, and its full (height, width)."
-    image = open_image(file, min_side)
-    if min_side is None: return image, (image.height, image.width)
-    with Image.open(file) as header: return image, upright_size(header)[::-1]
+    return open_image(file, *bounds), upright_size(file)[::-1]
 
 def _rewound(stream):
     "A binary stream that can go back to its start, as Pillow wants it: itself, or what it holds."
@@ -69,17 +67,17 @@ def _rewound(stream):
 
 def open_any(
     source,                       # path, PIL picture, bytes, binary file, array (H,W,3) or (H,W), tensor (3,H,W)
-    min_side: int | None = None,  # see `open_image`
+    min_side: int | None = None, max_pixels: int | None = None,  # see `open_image`; an app asks for fewer pixels
 ) -> tuple[Image.Image, tuple[int, int]]:  # upright RGB, and (height, width) that it has in full
     "Any picture, opened as for training. ValueError says what cannot be read, and why; FileNotFoundError for no file."
-    if isinstance(source, (str, Path)): return _open_file(source, min_side)
+    if isinstance(source, (str, Path)): return _open_file(source, min_side, max_pixels)
     name = getattr(source, "name", None) or f"this {type(source).__name__}"
     try:
-        if isinstance(source, (bytes, bytearray)): return _open_file(io.BytesIO(source), min_side)
+        if isinstance(source, (bytes, bytearray)): return _open_file(io.BytesIO(source), min_side, max_pixels)
         if isinstance(source, (np.ndarray, Tensor)): source = _array(source)
         elif not isinstance(source, Image.Image):
             if not hasattr(source, "read"): raise ValueError("give a path, a PIL picture, bytes, an array or a tensor")
-            return _open_file(_rewound(source), min_side)
+            return _open_file(_rewound(source), min_side, max_pixels)
         image = open_image(source)
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{name} cannot be read as a picture: {error.__cause__ or error}") from error
