@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy.io import loadmat, savemat
 from conftest import photograph
 
@@ -209,6 +210,56 @@ def test_aircraft_pictures(tmp_path):
     assert len(FocusDataLoaders.from_aircraft(tmp_path / "fgvc-aircraft-2013b", image_size=32, bs=2).table) == 9
     with pytest.raises(ValueError, match="only one class, manufacturer 0/X"):
         FocusDataLoaders.from_aircraft(tmp_path, "manufacturer", image_size=32)
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_the_banner_below_an_aircraft_is_cut_off(tmp_path, cache):
+    "The lowest 20 pixels are white here, and reach neither training nor validation, decoded whole or reduced."
+    root = aircraft(tmp_path, dict(trainval=4, test=4), dict(variant=2))
+    for i in range(8):
+        pixels = np.full(((480, 400, 3) if i % 2 else (120, 100, 3)), 40 + i, np.uint8)
+        pixels[-20:] = 255
+        Image.fromarray(pixels).save(root / "images" / f"{34309 + i:07d}.jpg", quality=100, subsampling=0)
+    dls = FocusDataLoaders.from_aircraft(tmp_path, image_size=32, bs=2, num_workers=0,
+                                         cache=tmp_path / "kept" if cache else None)
+    for _ in range(2): assert max(float(x.max()) for dl in dls.loaders for x, _ in dl) < .4
+    item = dls.valid_ds.items[0]
+    height = Image.open(tmp_path / item).height            # the box (2, 9, 60, 40) is placed in what is left
+    assert np.allclose(dls.truth([item])["box"][0, 3], 40 * 37 / (height - 20) - 2.5, atol=1e-3)
+    assert np.allclose(dls.pictures_with_truth("valid", [item])[2]["box"], dls.truth([item])["box"], atol=.6)
+    assert "banner" in FocusDataLoaders.from_aircraft.__doc__
+    photo = tmp_path / "mine.jpg"                           # another's photograph is not cut
+    Image.fromarray(np.vstack([np.zeros((100, 99, 3), np.uint8), np.full((20, 99, 3), 255, np.uint8)])).save(photo)
+    assert float(dls.test_dl([photo]).one_batch()[0].max()) > .9
+
+
+@pytest.mark.parametrize("images, devkit, labels", [
+    ("{0}", "devkit", "."), ("{0}/{0}", "car_devkit/devkit", "."),
+    ("cars/{0}/{0}", "cars/car_devkit", "cars/car_devkit"),
+    ("stanford_cars/{0}", "stanford_cars/devkit", "stanford_cars"),
+])
+def test_cars_as_they_are_packed(tmp_path, images, devkit, labels):
+    kinds = [(n, "O") for n in ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", "fname")]
+    rows = np.array([[(1, 1, 30, 30, i % 2 + 1, f"{i + 1:05d}.jpg") for i in range(4)]], dtype=kinds)
+    for half in ("cars_train", "cars_test"):
+        (tmp_path / images.format(half)).mkdir(parents=True)
+        for i in range(4): photograph(len(half) * 10 + i).save(tmp_path / images.format(half) / f"{i + 1:05d}.jpg")
+    (tmp_path / devkit).mkdir(parents=True)
+    savemat(tmp_path / devkit / "cars_train_annos.mat", dict(annotations=rows))
+    savemat(tmp_path / labels / "cars_test_annos_withlabels.mat", dict(annotations=rows))
+    savemat(tmp_path / devkit / "cars_meta.mat", dict(class_names=np.array([["Acura RL", "BMW M3"]], dtype=object)))
+    savemat(tmp_path / "cars_annos.mat", dict(annotations=rows))             # of other pictures, beside these
+    dls = FocusDataLoaders.from_cars(tmp_path, image_size=32, bs=2, num_workers=0)
+    assert (len(dls.train_ds), len(dls.valid_ds), list(dls.vocab)) == (4, 4, ["Acura RL", "BMW M3"])
+    assert dls.table.file.iloc[0] == f"{images.format('cars_train')}/00001.jpg"
+
+
+def test_aircraft_as_they_are_packed(tmp_path):
+    root = aircraft(tmp_path / "fgvc-aircraft-2013b", dict(trainval=4, test=2), dict(variant=2))
+    for i in range(6): photograph(i).save(root / "images" / f"{34309 + i:07d}.jpg")
+    for path in (tmp_path, tmp_path / "fgvc-aircraft-2013b", root):
+        dls = FocusDataLoaders.from_aircraft(path, image_size=32, bs=2, num_workers=0)
+        assert (len(dls.train_ds), len(dls.valid_ds)) == (4, 2)
 
 
 def test_downloads_are_asked_for_once(tmp_path, monkeypatch):

@@ -212,6 +212,63 @@ def test_images_as_items(tmp_path, kind):
         assert np.array_equal(same, dls.test_dl([item]).one_batch()[0])
 
 
+@pytest.fixture
+def shelf(folder):
+    "Four pictures as a telephone, a microscope and an image editor leave them, beside the classes."
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    half = np.zeros((60, 60, 3), np.uint8)
+    half[:30] = 255
+    place = folder.parent / "shelf"
+    place.mkdir()
+    Image.fromarray(half).save(place / "turned.jpg", exif=exif, quality=95)
+    Image.fromarray(np.tile(np.arange(64, dtype=np.uint16) * 1000, (64, 1))).save(place / "sixteen.png")
+    Image.new("RGBA", (60, 60), (0, 0, 0, 0)).save(place / "clear.png")
+    return place
+
+
+def test_a_path_means_the_same_as_its_text(folder, shelf, monkeypatch):
+    "fastai alone would open a Path itself: not turned, not rescaled, on black."
+    dls = loaders(folder)
+    monkeypatch.chdir(shelf.parent)
+    for name in ("turned.jpg", "sixteen.png", "clear.png"):
+        want = dls.test_dl([open_image(shelf / name)]).one_batch()[0]
+        for item in (str(shelf / name), shelf / name, f"shelf/{name}", Path("shelf", name), f"./shelf/../shelf/{name}"):
+            assert np.array_equal(want, dls.test_dl([item]).one_batch()[0]), item
+    for first, second in ((shelf / "clear.png", Image.open(shelf / "turned.jpg")),
+                          (Image.open(shelf / "turned.jpg"), str(shelf / "clear.png"))):
+        assert dls.test_dl([first, second]).one_batch()[0].shape == (2, 3, 32, 32)
+    listed = dls.valid_ds.items[0]
+    for item in (listed, Path(listed), folder / listed, f"pictures/{listed}", Path("pictures", listed), f"./{listed}"):
+        batch = dls.test_dl([item], with_labels=True).one_batch()
+        assert dls.vocab[batch[1][0]] == dls.table.label[listed], item
+
+
+def test_files_that_are_not_listed(folder, shelf, monkeypatch):
+    folder_table(folder).assign(x0=1, y0=2, x1=30, y1=40).to_csv(folder / "split.csv", index=False)
+    dls = loaders(folder)
+    for make in (lambda: dls.test_dl([shelf / "clear.png"], with_labels=True).one_batch(),
+                 lambda: dls.truth([shelf / "clear.png"]),
+                 lambda: dls.show_batch("valid", items=[shelf / "clear.png"])):
+        with pytest.raises(ValueError, match="clear.png is not in the table"): make()
+    for item in ("none.png", Path("none.png"), folder / "none.png"):
+        with pytest.raises(FileNotFoundError, match="no file .*none.png, neither in .*pictures nor in "):
+            dls.test_dl([item])
+    listed = dls.valid_ds.items[0]
+    for item in (Path(listed), folder / listed):
+        assert np.array_equal(dls.truth([item])["box"], dls.truth([listed])["box"])
+    Image.new("RGB", (60, 60)).save(folder / "both.png")                 # the data folder first; and it is told
+    Image.new("RGB", (60, 60), "white").save(shelf / "both.png")
+    monkeypatch.chdir(shelf)
+    with pytest.warns(DataWarning, match="both.png could be .*pictures/both.png or .*shelf/both.png; the first"):
+        assert float(dls.test_dl(["both.png"]).one_batch()[0].max()) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DataWarning)
+        dls.test_dl([shelf / "both.png"])
+        monkeypatch.chdir(folder)
+        dls.test_dl(["both.png", listed])
+
+
 def test_names_that_are_no_utf8(folder, tmp_path, monkeypatch):
     "As an old archive leaves them: checked, remembered, loaded, and kept reduced."
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -255,7 +312,7 @@ def test_a_second_epoch_reads_what_was_kept(tmp_path, monkeypatch):
         photograph(i, (1600, 1200)).save(tmp_path / "ab"[i % 2] / f"{i}.jpg", quality=90)
     dls = FocusDataLoaders.from_folder(tmp_path, image_size=224, bs=2, num_workers=0, cache=tmp_path / ".kept")
     once, opened, real = dls.valid.one_batch()[0], [], Image.open
-    monkeypatch.setattr(Image, "open", lambda file, *args: opened.append(str(file)) or real(file, *args))
+    monkeypatch.setattr(Image, "open", lambda file, **kw: opened.append(str(file)) or real(file, **kw))
     again = dls.valid.one_batch()[0]
     assert opened and all(".kept" in file for file in opened)
     assert (once - again).abs().mean() < 1.5 / 255

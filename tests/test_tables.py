@@ -3,6 +3,7 @@ import os
 import shutil
 import unicodedata
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -88,12 +89,12 @@ def test_classes_one_level_deeper(folder):
 
 
 def test_unread_kinds_are_counted(folder):
-    for i, name in enumerate(["x.HEIC", "y.heic", "deep/z.avif", ".hidden.heic", "notes.txt", "box.xml"]):
+    for i, name in enumerate(["x.JXL", "y.jxl", "deep/z.cr2", ".hidden.jxl", "notes.txt", "box.xml"]):
         (folder / "ab"[i % 2] / name).parent.mkdir(exist_ok=True)
         (folder / "ab"[i % 2] / name).write_text("")
     with pytest.warns(
         DataWarning,
-        match=r"^3 files in class folders of .*pictures are left out: .avif 1, .heic 2; convert them to JPEG or PNG$",
+        match=r"^3 files in class folders of .*pictures are left out: .cr2 1, .jxl 2; convert them to JPEG or PNG$",
     ):
         folder_table(folder)
     photograph(77).save(folder / "a" / "more.jfif", "JPEG")
@@ -120,8 +121,8 @@ def test_what_fastai_writes_is_no_class(folder):
     assert folder_table(folder).equals(before)
     (folder / "models" / "best.pth").write_bytes(b"weights")                # learn.save
     assert folder_table(folder).equals(before)
-    (folder / "models" / "x.heic").write_bytes(b"")                         # somebody's models
-    with pytest.warns(DataWarning, match=".heic 1"), pytest.raises(ValueError, match="without pictures: models"):
+    (folder / "models" / "x.jxl").write_bytes(b"")                         # somebody's models
+    with pytest.warns(DataWarning, match=".jxl 1"), pytest.raises(ValueError, match="without pictures: models"):
         folder_table(folder)
     photograph(60).save(folder / "models" / "x.jpg")
     with pytest.warns(DataWarning): assert set(folder_table(folder).label) == {"a", "b", "models"}
@@ -221,7 +222,7 @@ def test_blanks_in_a_csv(folder):
         with pytest.raises(ValueError, match="line 3 has no file or no label"): csv_table(folder / "named.csv")
     (folder / "named.csv").write_text("file,label\na/00.jpg,a\na/00.jpg ,b\n")
     with pytest.raises(ValueError, match="a/00.jpg on lines 2, 3"): csv_table(folder / "named.csv")
-    (folder / "named.csv").write_text("file,label,split\na/00.jpg,a,\nb/01.jpg,b,\n")
+    (folder / "named.csv").write_text("file,label,split\n\na/00.jpg,a,\nb/01.jpg,b,\n")
     with pytest.raises(ValueError, match=r"unknown split \(none\)"): csv_table(folder / "named.csv")
 
 
@@ -291,8 +292,15 @@ def test_a_folder_to_be_written_is_no_class(folder):
 @pytest.mark.parametrize("text, says", [
     ("name,label\na.jpg,x\n", "has no column file; it has name, label"),
     ("file,label\n", "has no rows"),
-    ("", "cannot be read as a CSV table in UTF-8: No columns"),
-    ("file,label,split\na.jpg,x,training\n", "unknown split training; use train, and valid or test"),
+    ("", "has no column file, label; it has $"),
+    ("file,label,split\na.jpg,x,holdout\n", "unknown split holdout; use train, and valid or test"),
+    ("file,label,is_valid\na.jpg,x,perhaps\n", "unknown is_valid perhaps; use True or False"),
+    ("file,label\na.jpg,x,train\n", r"line 2 has 3 fields, more than the header names \(file, label\)"),
+    ("file,label\n\na.jpg,x\nb.jpg,crow, black\n", "line 4 has 3 fields"),
+    ("file,Label,label\na.jpg,x,y\n", "has more than one column label"),
+    ('file,label\na.jpg,"x\nb.jpg,y\nc.jpg,y\n', "line 4 ends a field that began on a line before"),
+    ("file,label\na.jpg,x\n./a.jpg,y\n", "lists 1 files more than once, such as a.jpg on lines 2, 3"),
+    ("file,label,x0,y0,x1,y1\na.jpg,x,1,2,30,wide\n", "the box on line 2 has what is no number"),
     ("file,label\na.jpg,x\nb.jpg,x\na.jpg,y\n", "lists 1 files more than once, such as a.jpg on lines 2, 4"),
     ("file,label,x0,y0,x1\na.jpg,x,1,2,3\n", "has x0, y0, x1; a box needs x0, y0, x1 and y1"),
     ("file,label,x0,y0,x1,y1\na.jpg,x,1,2,30,40\nb.jpg,y,9,9,9,12\n", "the box on line 3 is empty"),
@@ -309,6 +317,94 @@ def test_a_csv_that_is_no_utf8(tmp_path):
     with pytest.raises(FileNotFoundError, match="no file .*gone.csv"): csv_table(tmp_path / "gone.csv")
 
 
+@pytest.mark.parametrize("lines, encoding", [
+    ("file,label,split,\n{}/0.jpg,a,Train,\nb/1.jpg,b,Validation,\n", "utf-8"),          # a comma too many
+    ("file,label,split\n{}/0.jpg,a,training,,\n\n,,\nb/1.jpg,b,VAL,,\n", "utf-8-sig"),
+    (" File ;LABEL; Split;Note\n{}/0.jpg;a;train;\nb/1.jpg;b;valid\n", "utf-8"),          # a row too short
+    ("file\tlabel\tis_valid\r\n{}/0.jpg\ta\tFalse\r\nb/1.jpg\tb\tTrue\r\n", "utf-16"),      # Excel's "Unicode text"
+    ("file,label,is_valid\n{}\\0.jpg,a,0\nb\\1.jpg,b,1\n", "utf-8"),                      # from Windows
+])
+@pytest.mark.parametrize("name", [NFC, NFD])
+def test_csvs_that_are_about(tmp_path, lines, encoding, name):
+    "Whatever a spreadsheet or a person writes; the file is called as it is on the disk."
+    for file in (f"{NFD}/0.jpg", "b/1.jpg"):
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).touch()
+    (tmp_path / "split.csv").write_bytes(lines.format(name).encode(encoding))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DataWarning)
+        table = folder_table(tmp_path)
+    assert table[["file", "label", "split"]].to_numpy().tolist() == [[f"{NFD}/0.jpg", "a", "train"],
+                                                                     ["b/1.jpg", "b", "valid"]]
+    assert table.attrs["judged_by"] == "valid" and csv_table(tmp_path / "split.csv", .5).attrs["judged_by"] == "train"
+
+
+def test_a_split_csv_stays_in_its_folder(folder):
+    photograph(70).save(folder.parent / "secret.jpg")
+    for name in ("../secret.jpg", "..\\secret.jpg", "a/../../secret.jpg", str(folder.parent / "secret.jpg")):
+        text = f"file,label,split\na/00.jpg,a,train\n{name},b,train\na/02.jpg,b,test\n"
+        for file in ("split.csv", "mine.csv"): (folder / file).write_text(text)
+        for read in (lambda: folder_table(folder), lambda: csv_table(folder / "split.csv")):
+            with pytest.raises(ValueError, match="split.csv: line 3 names .*secret.jpg, which lies outside of"):
+                read()
+        assert len(csv_table(folder / "mine.csv")) == 3                      # its owner says so
+    (folder / "split.csv").write_text(f"file,label\na/00.jpg,a\n{folder}/b/01.jpg,b\n")
+    with pytest.warns(DataWarning, match="does not list 14"): folder_table(folder)
+
+
+@pytest.mark.parametrize("other", ["robin", "ROBIN", "Robin ", "Robin\u200b", "Ro\u00adbin", "Robin\xa0", "\uff32obin"])
+def test_classes_that_look_alike_are_told(folder, other):
+    (folder / "a").rename(folder / "Robin")
+    shutil.copytree(folder / "Robin", folder / other)
+    with pytest.warns(DataWarning) as said: loaders(folder)
+    told, = [str(w.message) for w in said if "look alike" in str(w.message)]
+    assert "'Robin'" in told and repr(other) in told
+    assert all(f"U+{ord(c):04X}" in told for c in set(other) - set("Robin"))
+
+
+def test_data_frames_are_read_as_csvs_are(folder):
+    rows = folder_table(folder)
+    of = lambda table: FocusDataLoaders.from_table(table, folder, image_size=32, bs=4, num_workers=0)
+    plain = of(rows)
+    three = rows.assign(split=np.resize(["train", "Train ", "valid", "test"], 16)).drop(index=[2, 6])
+    for table in (three, three.assign(split=three.split.astype("category"))):
+        dls = of(table)                                                     # neither trained on nor judged by
+        assert not set(three.file[three.split == "test"]) & set(dls.table.file) and dls.judged_by == "valid"
+    assert of(rows.assign(split=np.resize(["train", "train", "test"], 16))).judged_by == "test"
+    valid = rows.split == "valid"
+    for table in (rows.assign(file=rows.file.map(Path)), rows.assign(file=rows.file.str.replace("/", "\\")),
+                  rows.drop(columns="split").assign(is_valid=valid),
+                  rows.drop(columns="split").assign(is_valid=valid.astype(int)), rows.set_axis([0] * 16)):
+        same = of(table).table
+        assert same.file.tolist() == plain.table.file.tolist() and same.split.tolist() == plain.table.split.tolist()
+    mixed = of(rows.assign(label=[7 if label == "a" else "crow" for label in rows.label]))
+    assert list(mixed.vocab) == ["7", "crow"]
+    boxed = of(rows.assign(x0=1, y0=2, x1=30, y1=40))
+    assert boxed.table.box.iloc[0].tolist() == [1, 2, 30, 40]
+
+
+@pytest.mark.parametrize("change, says", [
+    (dict(label=[None] + ["a"] * 15), "row 0 has no file or no label"),
+    (dict(file=["x"] * 15 + [np.nan]), "row 15 has no"),
+    (dict(label=["a"] * 15 + [" "]), "row 15 has no file or no label"),
+    (dict(file=["a/00.jpg"] * 2 + ["b"] * 14), "lists 2 files more than once, such as a/00.jpg on rows 0, 1"),
+    (dict(label=[["a", "b"]] * 16), r"row 0 has several labels, \['a', 'b'\]; a picture is of one class here"),
+    (dict(split=[np.nan] * 16), r"unknown split \(none\)"), (dict(x0=1), "the table has x0; a box needs"),
+])
+def test_what_is_wrong_with_a_data_frame(folder, change, says):
+    table = folder_table(folder).assign(**change)
+    with pytest.raises(ValueError, match=says): FocusDataLoaders.from_table(table, folder)
+
+
+def test_a_data_frame_that_is_none(folder):
+    rows = folder_table(folder)
+    for table, says in ((rows.drop(columns="file"), "the table has no column file; it has label, split"),
+                        (rows.drop(columns="split"), r"no column split \(or is_valid\); it has file, label"),
+                        (rows[:0], "the table has no rows")):
+        with pytest.raises(ValueError, match=says): FocusDataLoaders.from_table(table, folder)
+    with pytest.raises(TypeError, match="give a pandas DataFrame, not dict"): FocusDataLoaders.from_table({}, folder)
+
+
 def test_folders_without_pictures(folder, tmp_path):
     (tmp_path / "nothing").mkdir()
     with pytest.raises(ValueError, match="no pictures in .*nothing: put them into one folder a class"):
@@ -316,17 +412,19 @@ def test_folders_without_pictures(folder, tmp_path):
     (folder / "finch").mkdir()
     with pytest.raises(ValueError, match="class folders without pictures: finch; fill or remove them"):
         folder_table(folder)
-    (folder / "finch" / "a.heic").write_text("")
-    with pytest.warns(DataWarning), pytest.raises(ValueError, match="finch has .heic; known are .bmp"):
+    (folder / "finch" / "a.jxl").write_text("")
+    with pytest.warns(DataWarning), pytest.raises(ValueError, match="finch has .jxl; known are .apng"):
         folder_table(folder)
 
 
 def test_tables_that_cannot_be_trained_on(folder):
-    for splits, says in ((["train", "test"], "unknown split test in a table; use train and valid"),
-                         (["train", None], "unknown split"), (["train"] * 2, "there are no validation pictures"),
+    for splits, says in ((["train", "holdout"], "the table: unknown split holdout; use train, and valid or test"),
+                         (["train", None], r"unknown split \(none\)"),
+                         (["train"] * 2, "there are no validation pictures"),
                          (["valid"] * 2, "there are no training pictures")):
         table = folder_table(folder).assign(split=splits * 8)
-        with pytest.raises(ValueError, match=says): check_table(table)
+        if "unknown" not in says:
+            with pytest.raises(ValueError, match=says): check_table(table)
         with pytest.raises(ValueError, match=says): FocusDataLoaders.from_table(table, folder, image_size=32, bs=4)
     one = pd.DataFrame(dict(label=["a", "a"], split=["train", "valid"]))
     with pytest.raises(ValueError, match="only one class, a"): check_table(one)

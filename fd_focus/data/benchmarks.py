@@ -20,13 +20,16 @@ def _need(files: list[Path], what: str):
     if gone := [str(file) for file in files if not file.exists()]:
         raise FileNotFoundError(f"missing {', '.join(gone)}. {what}")
 
+# %% ../../nbs/22_benchmarks.ipynb #22_benchmarks_002
+def _inside(path: Path, name: str, usual: str = "") -> Path:
+    "A file or folder of this name, at most three folders down; where it is usual if there is none."
+    found = [place for depth in range(4) for place in sorted(path.glob("*/" * depth + name))]
+    return found[-1] if found else path / usual / name
+
 # %% ../../nbs/22_benchmarks.ipynb #60_data068
 _CUB = "CUB-200-2011: download=True fetches it, or data.caltech.edu/records/65de6-vp158"
 
-def _cub_root(path: str | Path) -> Path:
-    "The folder with images.txt: the archive holds a folder and a file, and is unpacked into a folder of its own."
-    path = Path(path)
-    return next((p for p in (path / "CUB_200_2011" / "CUB_200_2011", path / "CUB_200_2011") if p.is_dir()), path)
+def _cub_root(path: str | Path) -> Path: return _inside(Path(path), "images.txt").parent
 
 def _cub_parts(file: Path, n: int) -> dict[str, list]:
     "parts (15,3) x, y, 0 and visible (15,) of n pictures, in the order of their numbers."
@@ -80,22 +83,23 @@ def cub_folder(
 # %% ../../nbs/22_benchmarks.ipynb #22_benchmarks_047
 _AIRCRAFT = "FGVC-Aircraft: download=True fetches it, or torchvision.datasets.FGVCAircraft(root, download=True)"
 
+_BANNER = 20     # lowest pixels of each picture: the photographer's name
+
 def _aircraft_root(path: str | Path) -> Path:
-    path = Path(path)
-    places = path / "fgvc-aircraft-2013b" / "data", path / "data", path
-    return next((place for place in places if (place / "images").is_dir()), path / "data")
+    lists = _inside(Path(path), "images_variant_trainval.txt")
+    return lists.parent if lists.is_file() else Path(path) / "data"
 
 def _aircraft_lines(file: Path, parts: int) -> list[list[str]]:
     return [line.strip().split(maxsplit=parts - 1) for line in file.read_text().splitlines() if line.strip()]
 
 # %% ../../nbs/22_benchmarks.ipynb #60_data069
 def aircraft_table(
-    path: str | Path,                # folder with data/, or torchvision's root with fgvc-aircraft-2013b/
+    path: str | Path,                # folder with data/, or one above it, such as torchvision's root
     level: str = "variant",          # 'variant' (100 classes), 'family' (70) or 'manufacturer' (30)
     valid_pct: float | None = None,  # None: official split, trainval against test
     seed: int = 0,
 ) -> pd.DataFrame:                   # file (relative to path), label, split, box where images_box.txt is there
-    "FGVC-Aircraft: 6,667 training (trainval) and 3,333 test images."
+    "FGVC-Aircraft: 6,667 training (trainval) and 3,333 test images. `attrs` has the height of the banner below each."
     if level not in ("variant", "family", "manufacturer"):
         raise ValueError(f"level={level!r}; use 'variant', 'family' or 'manufacturer'")
     root = _aircraft_root(path)
@@ -109,6 +113,7 @@ def aircraft_table(
         boxes = {number: np.array(box, np.float32) - np.array([1, 1, 0, 0], np.float32)
                  for number, *box in _aircraft_lines(root / "images_box.txt", 5)}
         table["box"] = [boxes[number] for number in table.number]
+    table.attrs["banner"] = _BANNER
     return resplit(table.drop(columns="number"), valid_pct, seed, "test")
 
 # %% ../../nbs/22_benchmarks.ipynb #22_benchmarks_049
@@ -127,35 +132,39 @@ _CARS = ("Stanford Cars is no longer at its source: put cars_train/ and cars_tes
          "cars_train_annos.mat into its devkit/, and cars_test_annos_withlabels.mat beside them; "
          "or car_ims/ with cars_annos.mat")
 
-def _cars_root(path: str | Path) -> Path:
-    path = Path(path)
-    return path / "stanford_cars" if (path / "stanford_cars").is_dir() else path
-
 def _mat(file: Path, key: str):
     from scipy.io import loadmat
     return loadmat(file, squeeze_me=True)[key]
 
+def _cars_single(path: Path) -> Path | None:
+    "cars_annos.mat, where its pictures are there, or no others; Kaggle has it beside pictures it does not fit."
+    single = _inside(path, "cars_annos.mat")
+    return single if single.is_file() and not _inside(path, "cars_train").is_dir() else None
+
+# %% ../../nbs/22_benchmarks.ipynb #22_benchmarks_001
 def _cars_rows(path: Path) -> tuple:
     "Class names, and (file, split, annotation) of every picture, from either layout."
-    if (single := path / "cars_annos.mat").is_file():
-        rows = _mat(single, "annotations")
+    if single := _cars_single(path):
+        rows, folder = _mat(single, "annotations"), _inside(path, "car_ims").parent.relative_to(path)
         return _mat(single, "class_names"), [
-            (str(r["relative_im_path"]), "valid" if int(r["test"]) else "train", r) for r in rows]
-    train, test = path / "devkit" / "cars_train_annos.mat", path / "cars_test_annos_withlabels.mat"
-    meta = path / "devkit" / "cars_meta.mat"
+            ((folder / str(r["relative_im_path"])).as_posix(), "valid" if int(r["test"]) else "train", r) for r in rows]
+    train, meta = (_inside(path, name, "devkit") for name in ("cars_train_annos.mat", "cars_meta.mat"))
+    test = _inside(path, "cars_test_annos_withlabels.mat")
     _need([train, test, meta], _CARS)
-    halves = (train, "cars_train", "train"), (test, "cars_test", "valid")
+    halves = ((file, _inside(path, folder).relative_to(path), split)
+              for file, folder, split in ((train, "cars_train", "train"), (test, "cars_test", "valid")))
     return _mat(meta, "class_names"), [
-        (f"{folder}/{r['fname']}", split, r) for file, folder, split in halves for r in _mat(file, "annotations")]
+        ((folder / str(r["fname"])).as_posix(), split, r) for file, folder, split in halves
+        for r in _mat(file, "annotations")]
 
 # %% ../../nbs/22_benchmarks.ipynb #22_benchmarks_052
 def cars_table(
-    path: str | Path,                # folder in one of the two layouts, or torchvision's root with stanford_cars/
+    path: str | Path,                # folder in one of the two layouts, or one above, such as torchvision's root
     valid_pct: float | None = None,  # None: official split
     seed: int = 0,
 ) -> pd.DataFrame:                   # file, label, split, box
     "Stanford Cars: 8,144 training and 8,041 test images of 196 models."
-    names, rows = _cars_rows(_cars_root(path))
+    names, rows = _cars_rows(Path(path))
     def label(row): return str(names[int(row["class"]) - 1]).replace("/", "-")
     def box(row):      # stored with pixels counted from 1, both corners included
         x0, y0, x1, y1 = (int(row[f"bbox_{name}"]) for name in ("x1", "y1", "x2", "y2"))
@@ -169,7 +178,7 @@ def cars_folder(
     path: str | Path,     # see `cars_table`
 ) -> Path:                # what the table's files are relative to
     "The folder of Stanford Cars with its pictures. FileNotFoundError names what is missing and where to put it."
-    root = _cars_root(path)
-    single = (root / "cars_annos.mat").is_file()
-    _need([root / name for name in (["car_ims"] if single else ["cars_test", "cars_train"])], _CARS)
-    return root
+    path = Path(path)
+    names = ["car_ims"] if _cars_single(path) else ["cars_test", "cars_train"]
+    _need([_inside(path, name) for name in names], _CARS)
+    return path

@@ -6,6 +6,7 @@
 __all__ = ['FocusDataLoaders']
 
 # %% ../../nbs/25_loaders.ipynb #25_loaders_050
+import os
 import warnings
 from pathlib import Path
 
@@ -25,22 +26,25 @@ from PIL import Image
 from torch import Tensor
 
 from .benchmarks import aircraft_folder, aircraft_table, cars_folder, cars_table, cub_folder, cub_table
-from .items import BalancedDL, FitResize, ItemReader, LabelReader, ToyReader, paper_transforms, target_side
+from .items import (BalancedDL, FitResize, ItemReader, LabelReader, ToyReader, find_item,
+                                 paper_transforms, target_side)
 from .pictures import (DataWarning, ReducedPictures, check_images, duplicate_images, open_image,
                                     upright_size)
-from .tables import check_apart, check_table, csv_table, folder_table
+from .tables import check_apart, check_table, csv_table, folder_table, sound_table
 from .truth import draw_truth, from_points, place_points, send_points, to_points
 from ..toy import ToyItem, ToyLabeller, toy_items
 
 # %% ../../nbs/25_loaders.ipynb #60_data038
 class FocusDataLoaders(DataLoaders):
     "fastai DataLoaders with `.table`: file, label, split of every picture, and box and parts where they are known."
-    def test_dl(self, test_items, *args, **kwargs):
-        "fastai's, which takes PIL images too."
-        # One that is still a file is read first, or transforms would give its type to what they make of it.
-        if isinstance(test_items, (list, tuple, L)):
-            test_items = [open_image(item) if isinstance(item, Image.Image) else item for item in test_items]
-        return super().test_dl(test_items, *args, **kwargs)
+    def test_dl(self, test_items, rm_type_tfms=None, *args, **kwargs):
+        "fastai's, which takes PIL images too, and reads paths as `find_item` says, whatever their type."
+        if isinstance(test_items, (list, tuple, L)): test_items = [self._item(item) for item in test_items]
+        return super().test_dl(test_items, rm_type_tfms or 0, *args, **kwargs)
+    def _item(self, item):
+        "What the readers take. A picture that is still a file is read, or transforms would give its type to others."
+        if isinstance(item, Image.Image): return open_image(item)
+        return find_item(item, self.path, self.listed) if isinstance(item, (str, Path)) else item
 
 # %% ../../nbs/25_loaders.ipynb #25_loaders_061
 @patch(cls_method=True)
@@ -50,6 +54,7 @@ def _of(cls: FocusDataLoaders, dls, table: pd.DataFrame, image_size: int, path="
                                             "use a smaller batch")
     self = cls(*dls.loaders, path=path, device=dls.device)
     self.table = table.set_index(table.file.astype(str).rename(None))
+    self.listed = {os.path.abspath(Path(path) / file): file for file in table.file if isinstance(file, str)}
     self.image_size, self.skipped, self.duplicates = image_size, {}, table.iloc[:0]
     self.judged_by = "valid" # pictures that accuracy is measured on: 'valid', 'test', or a share of 'train'
     self.min_side = None     # of `open_image`, as these loaders use it
@@ -106,9 +111,10 @@ def _check_arguments(on_bad_image, on_duplicate, item_tfms, own, kwargs):
         raise ValueError("item_tfms replace the transforms that resize, squash and crop_scale describe; give one or "
                          "the other")
 
-def _reader(path: Path, min_side: int | None, cache, cache_gb: float) -> ItemReader:
-    if not cache: return ItemReader(path, min_side)
-    if min_side: return ItemReader(path, min_side, ReducedPictures(cache, min_side, cache_gb))
+def _reader(path: Path, min_side: int | None, cache, cache_gb: float, known: dict) -> ItemReader:
+    banner = known.get("banner", 0)
+    if not cache: return ItemReader(path, min_side, banner=banner)
+    if min_side: return ItemReader(path, min_side, ReducedPictures(cache, min_side + banner, cache_gb), banner)
     raise ValueError("cache keeps pictures at the size that the first of item_tfms resizes to, "
                      "but these do not begin with a Resize")
 
@@ -123,7 +129,7 @@ def _balanced(table: pd.DataFrame) -> dict:
     "dataset bs shuffle verbose do_setup batch_size indexed wif before_iter after_item before_batch after_batch "
     "after_iter create_batches create_item create_batch retain get_idxs sample shuffle_fn do_batch").split())
 def from_table(cls: FocusDataLoaders,
-    table: pd.DataFrame,              # columns file, label, split ('train' or 'valid'), and perhaps box, parts, visible
+    table: pd.DataFrame,              # columns file, label, split, and perhaps box, parts, visible; see `sound_table`
     path: str | Path = ".",           # folder the files are relative to
     image_size: int = 448,            # side of what the network sees, pixels
     resize: int | None = None,        # see `paper_transforms`
@@ -142,8 +148,8 @@ def from_table(cls: FocusDataLoaders,
 ) -> "FocusDataLoaders":
     "DataLoaders of a table. ValueError: broken pictures or classes; DataWarning: what is left out or there twice."
     _check_arguments(on_bad_image, on_duplicate, item_tfms, (resize, squash, crop_scale), kwargs)
-    path, classes, own = Path(path), set(table.label), item_tfms is None
-    judged_by = table.attrs.get("judged_by", "valid")
+    path, own, table = Path(path), item_tfms is None, sound_table(table, path)
+    classes, judged_by = set(table.label), table.attrs["judged_by"]
     table, bad, prints = _without_bad(table, path, on_bad_image)
     table, doubled, twice = _without_doubles(table, path, prints, on_duplicate)
     table = table.reset_index(drop=True)
@@ -151,8 +157,8 @@ def from_table(cls: FocusDataLoaders,
     if own: item_tfms = paper_transforms(image_size, resize, squash, crop_scale)
     min_side = target_side(item_tfms)
     block = DataBlock((ImageBlock, CategoryBlock(vocab=sorted(table.label.unique()))), get_y=LabelReader(table),
-                      get_x=_reader(path, min_side, cache, cache_gb), item_tfms=item_tfms, batch_tfms=batch_tfms,
-                      splitter=IndexSplitter(np.flatnonzero(table.split == "valid")))
+                      get_x=_reader(path, min_side, cache, cache_gb, table.attrs), item_tfms=item_tfms,
+                      batch_tfms=batch_tfms, splitter=IndexSplitter(np.flatnonzero(table.split == "valid")))
     if balance: kwargs |= _balanced(table)
     dls = cls._of(block.dataloaders(list(table.file), bs=bs, **kwargs), table, image_size, path)
     dls.skipped, dls.duplicates = bad | doubled, twice.reset_index(drop=True)
@@ -227,9 +233,12 @@ def _rows(self: FocusDataLoaders, items) -> tuple[pd.DataFrame, np.ndarray]:
     "The table's rows of some items, and the sizes (B,2) of their pictures. ValueError where it has no boxes."
     if "box" not in self.table:
         raise ValueError("these DataLoaders know no boxes: localisation needs a table with a column 'box'")
-    rows, path, toy = self.table.loc[[str(item) for item in items]], Path(self.path), (self.image_size, self.image_size)
+    names, path, toy = [str(self._item(item)) for item in items], Path(self.path), (self.image_size, self.image_size)
+    if unknown := [name for name in names if name not in self.table.index]:
+        raise ValueError(f"{unknown[0]} is not in the table of these DataLoaders")
+    rows = self.table.loc[names]
     sizes = [toy if isinstance(file, ToyItem) else upright_size(path / file) for file in rows.file]
-    return rows, np.array(sizes, np.float32)
+    return rows, np.array(sizes, np.float32) - np.float32([0, self.table.attrs.get("banner", 0)])
 
 @patch
 def _send(self: FocusDataLoaders, pictures, points: np.ndarray, split_idx: int) -> tuple[Tensor, np.ndarray]:
@@ -249,7 +258,7 @@ def pictures_with_truth(self: FocusDataLoaders,
     if items is None: items = [dl.dataset.items[i] for i in list(dl.get_idxs())[:n]]
     rows, sizes = self._rows(items)
     read = dl.dataset.tfms[0].fs[0]
-    x, points = self._send([read(item) for item in items], to_points(rows, sizes), split_idx)
+    x, points = self._send([read(file) for file in rows.file], to_points(rows, sizes), split_idx)
     return x, rows.label.tolist(), from_points(points, rows, x.shape[:1:-1])
 
 # %% ../../nbs/25_loaders.ipynb #60_data044
@@ -367,7 +376,8 @@ def from_aircraft(cls: FocusDataLoaders,
     download: bool = False,          # fetch the set into `path` where it is not there yet
     **kwargs,
 ) -> FocusDataLoaders:
-    "DataLoaders of FGVC-Aircraft (see `aircraft_table`, `from_table`). FileNotFoundError names what is missing."
+    """DataLoaders of FGVC-Aircraft (see `aircraft_table`, `from_table`), without the banner below each picture.
+    FileNotFoundError names what is missing."""
     folder = aircraft_folder(path, download)
     return cls.from_table(aircraft_table(folder, level, valid_pct, seed), folder, **kwargs)
 
