@@ -882,7 +882,6 @@ def test_pictures_behind_links_are_found_and_closed_folders_named(birds, tmp_pat
 def test_what_is_left_out_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("fd_focus.use.files.FORMATS", ["JPEG", "PNG"])
     monkeypatch.setattr("fd_focus.data.pictures.FORMATS", ["JPEG", "PNG"])
-    monkeypatch.setattr("fd_focus.data.pictures.EXTENSIONS", {".jpg", ".png"})
     for name in ("a.png", "b.jpg_large", "c"): Image.new("RGB", (40, 40)).save(tmp_path / name, "PNG")
     for name in ("d.heic", "e.HEIC", "f.txt", "g", ".hidden"): (tmp_path / name).write_bytes(b"\0\0\0\x18ftypheic")
     with pytest.warns(DataWarning) as told: found = list(find_pictures([str(tmp_path)]))
@@ -916,3 +915,12 @@ def test_a_jpeg_beyond_pillows_limit_is_answered_and_an_app_may_ask_for_less(mod
     for source in (tmp_path / "x.jpg", (tmp_path / "x.jpg").read_bytes()):
         assert open_any(source, 200, max_pixels=100_000)[1] == (900, 1200)
         with pytest.raises(ValueError, match="1200x900 pixels are more than"): open_any(source, 200, max_pixels=50_000)
+
+
+@pytest.mark.parametrize("squash", [True, False])
+def test_a_picture_one_pixel_wide_is_not_black(squash):
+    for size in ((1, 500), (500, 1), (1, 1), (3, 700)):
+        for side in (64, 98, 103, 206):         # 1 / 98 * 98 is a little less than 1
+            seen, view = prepare(Image.new("RGB", size, (200, 100, 50)), (side, side), (side - 8, side - 8), squash)
+            assert seen.size == (side - 8, side - 8) and np.asarray(seen).min((0, 1)).tolist() == [200, 100, 50]
+            assert (view[2:] > view[:2]).all()

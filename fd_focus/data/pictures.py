@@ -50,12 +50,14 @@ def _white(top: float, whole: bool) -> float:
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     "Grey of 16 or 32 bits, or of real numbers, as grey of 8. What is no number is black, infinity white."
-    values = np.asarray(image, dtype=np.float32)
-    real = values[np.isfinite(values)]
-    black = min(0., float(real.min(initial=0)))
-    top = float(real.max(initial=0)) if black < 0 else _white(float(real.max(initial=0)), image.mode != "F")
-    values = np.nan_to_num((values - black) / ((top - black) or 1.), nan=0., posinf=1., neginf=0.)
-    return Image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8))
+    values = np.array(image, dtype=np.float32)
+    real = np.isfinite(values)
+    black, top = (float(found(where=real, initial=0)) for found in (values.min, values.max))
+    if black == 0: top = _white(top, image.mode != "F")
+    values -= black                              # in place: a scan has a hundred million of them
+    values *= 255 / ((top - black) or 1.)
+    np.nan_to_num(values, copy=False, nan=0., posinf=255., neginf=0.)
+    return Image.fromarray(values.clip(0, 255, out=values).round(out=values).astype(np.uint8))
 
 # %% ../../nbs/20_pictures.ipynb #20_pictures_043
 _STEPS = np.stack(np.meshgrid(*[np.linspace(0, 255, 6)] * 4), -1).astype(np.uint8).tobytes()      # of four inks
@@ -109,7 +111,6 @@ try:
     import pillow_heif
     pillow_heif.register_heif_opener()
     FORMATS.append("HEIF")
-    EXTENSIONS |= {".heic", ".heif"}
 except ImportError: pass      # then a HEIC is named, with what to install
 
 _RAW = set(".raw .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf".split())      # TIFF in part: a thumbnail would be read

@@ -95,7 +95,7 @@ def prepare(
     left, top = 0, 0
     if not squash:
         scale = min(width / rw, height / rh)
-        part = int(scale * rw), int(scale * rh)
+        part = max(1, int(scale * rw)), max(1, int(scale * rh))      # of a picture that is one pixel wide, not nothing
         left, top = int(.5 * (width - part[0])), int(.5 * (height - part[1]))
         image = image.crop((left, top, left + part[0], top + part[1]))
         width, height = part
