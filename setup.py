@@ -12,7 +12,7 @@ licenses = {"apache2": "License :: OSI Approved :: Apache Software License"}
 statuses = ["", "1 - Planning", "2 - Pre-Alpha", "3 - Alpha", "4 - Beta", "5 - Production/Stable"]
 py_versions = ["3.11", "3.12", "3.13", "3.14"]
 readme = root / "README.md"
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("export", "app", "log", "distributed")}
+extras = {key.removesuffix("_requirements"): cfg[key].split() for key in cfg if key.endswith("_requirements")}
 
 setup(
     name=cfg["lib_name"],
@@ -34,7 +34,7 @@ setup(
     packages=find_packages(include=["fd_focus", "fd_focus.*"]),
     include_package_data=True,
     install_requires=cfg["requirements"].split(),
-    extras_require=extras | {"dev": sorted({r for names in extras.values() for r in names} | set(cfg["dev_requirements"].split()))},
+    extras_require=extras | {"dev": sorted({r for names in extras.values() for r in names})},
     python_requires=f">={cfg['min_python']}",
     entry_points={
         "console_scripts": cfg.get("console_scripts", "").split(),

@@ -11,10 +11,11 @@ import torch
 import fd_focus.focus
 from fd_focus.bodies import toy_resnet
 from fd_focus.evidence.bench import SECTIONS, bars, bench_growth
-from fd_focus.evidence.timing import (Clock, bench_prediction, bench_step, body_inputs, floor_step, make_net,
+from fd_focus.evidence.timing import (Clock, bench_prediction, bench_step, body_inputs, floor_step, machine, make_net,
                                       one_staged, stages, training_step)
 from fd_focus.loss import FocusLoss
 from fd_focus.methods import METHODS, Method
+from fd_focus.training.run import versions
 from fd_focus.training.speed import FusedAdam
 
 
@@ -142,3 +143,14 @@ def test_quick_run_on_a_gpu(tmp_path):
     done = run("--quick", "--device", "cuda", "--out", str(tmp_path / "b.json"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "b.json").read_text())["machine"]["gpu"]
+
+
+def test_a_package_without_metadata_can_be_measured(monkeypatch):
+    "A checkout on PYTHONPATH, or a copy in a bundle."
+    import importlib.metadata
+
+    import fd_focus
+    def none(name): raise importlib.metadata.PackageNotFoundError(name)
+    monkeypatch.setattr(importlib.metadata, "distribution", none)
+    assert machine()["versions"]["fd_focus"] == fd_focus.__version__
+    assert json.loads(json.dumps(versions()))["torch"] == torch.__version__

@@ -137,7 +137,7 @@ def odd(tmp_path_factory):
 
 def test_figures_are_those_of_all_pictures(odd, finish, tmp_path):
     "What two processes report of 9 pictures, one finds again with the weights they left."
-    statuses, said = finish(tmp_path / "run", epochs=2, **odd)
+    statuses, said = finish(tmp_path / "run", epochs=2, preset="none", **odd)
     assert statuses == [0, 0], said
     learn = make_learner(Settings(**odd))
     learn.model.load_state_dict(load_file(tmp_path / "run/model/model.safetensors"))

@@ -1,5 +1,7 @@
 "Training with fastai's own tools around it: what breaks off, what schedules, what logs, what is exported."
 import contextlib
+import multiprocessing
+import random
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -8,13 +10,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from conftest import shaken
+from conftest import shaken, two_classes
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixUp
 from fastai.learner import load_learner
 from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
-from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, Normalize, Resize, get_image_files, parent_label
+from fastai.vision.all import (CategoryBlock, DataBlock, ImageBlock, Normalize, RandomCrop, Resize, aug_transforms,
+                               get_image_files, parent_label)
 from matplotlib.patches import Rectangle
 
 from fd_focus.bodies import toy_resnet
@@ -188,16 +191,89 @@ def birds(folder):
     return folder
 
 
+def test_the_callers_loaders_stay_as_they_are(tmp_path):
+    "Random states, transforms and order; each learner normalises for its own body, and knows loaders that do not."
+    block = DataBlock((ImageBlock, CategoryBlock), get_items=get_image_files, get_y=parent_label,
+                      item_tfms=RandomCrop(40))
+    dls = block.dataloaders(two_classes(tmp_path), bs=4, num_workers=0)          # fastai's: its size is in a batch
+    np.random.seed(0)
+    def states():
+        return random.getstate(), dls.train.rng.getstate(), np.random.get_state()[1].tolist(), dls.after_batch.fs
+    before = states()
+    first, second = (focus_learner(dls, body, pretrained=False, cut="layer2") for body in ("toy_resnet", "resnet18"))
+    assert states() == before and first.dls.vocab == dls.vocab
+    assert first.model.image_size == second.model.image_size == (40, 40)
+    for learn in (first, second):
+        assert sum(isinstance(t, Normalize) for t in learn.dls.after_batch.fs) == 1
+        with learn.no_bar(): found, same = learn.get_preds(), learn.get_preds(dl=dls.test_dl(dls.valid_ds.items))
+        assert torch.allclose(found[0], same[0], atol=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DataWarning)
+        fit(first); fit(second)
+
+
+@pytest.mark.parametrize("factor,said", [(torch.inf, "the last step of epoch 1 left weights that are no numbers, at"),
+                                         (3e38, "the validation loss became nan after epoch 1, at learning rate")])
+def test_a_last_step_that_diverges_is_no_end(dls, factor, said):
+    class Leap(Callback):
+        def after_step(self):
+            if self.iter == self.n_iter - 1: self.model.body[0].weight.data.mul_(factor)
+    learn = focus_learner(dls, "toy_resnet", pretrained=False)
+    with pytest.raises(FloatingPointError, match=said): fit(learn, cbs=[Leap()])
+
+
+def test_losses_come_over_once(dls, monkeypatch):
+    "Those of earlier epochs are not moved again."
+    moved, stack = [], torch.stack
+    def watched(tensors, *args, **kwargs):
+        if len(tensors) and tensors[0].ndim == 0 and tensors[0].is_floating_point(): moved.append(len(tensors))
+        return stack(tensors, *args, **kwargs)
+    learn = focus_learner(dls, "toy_resnet", pretrained=False)
+    monkeypatch.setattr("fd_focus.training.learner.torch.stack", watched)
+    fit(learn, 3)
+    assert moved == [len(dls.train)] * 3 and len(learn.recorder.losses) == 3 * len(dls.train)
+
+
+def test_a_log_has_lines(dls, capsys):
+    "What is no terminal gets the table, and no bar."
+    learn = focus_learner(dls, "toy_resnet", pretrained=False, metrics=[])
+    learn.fit(2); learn.get_preds(); learn.lr_find(num_it=3, show_plot=False)
+    said = capsys.readouterr().out
+    assert "\r" not in said
+    lines = [line.split() for line in said.splitlines()]
+    assert lines[0] == ["epoch", "train_loss", "valid_loss", "accuracy", "time"] and len(lines) == 3
+    assert [line[0] for line in lines[1:]] == ["0", "1"]
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])       # forkserver: Python 3.14's
+def test_the_same_crops_whoever_opens_the_pictures(tmp_path, request, start):
+    "With 0, 1 and 2 workers, crops, flips, transforms of the batch and the order are the same; so are the weights."
+    before = multiprocessing.get_start_method(allow_none=True)
+    request.addfinalizer(lambda: multiprocessing.set_start_method(before, force=True))
+    multiprocessing.set_start_method(start, force=True)
+    folder, seen = two_classes(tmp_path), []
+    for workers in (0, 1, 2):
+        set_seed(0, reproducible=True)
+        dls = FocusDataLoaders.from_folder(folder, image_size=32, crop_scale=.3, balance=True, bs=4,
+                                           batch_tfms=aug_transforms(size=32), num_workers=workers)
+        epochs = [x for _ in range(2) for x, _ in dls.train]
+        learn = fit(focus_learner(dls, "toy_resnet", pretrained=False, cut="layer2"))
+        seen.append([*epochs, *learn.model.state_dict().values(), torch.tensor(learn.recorder.values)])
+    for again in seen[1:]: assert all(map(torch.equal, seen[0], again))
+    assert not torch.equal(seen[0][0], seen[0][len(dls.train)])
+
+
 def test_any_image_dataloaders_will_do(tmp_path):
-    "They are normalised once, for the first body; a second one that was made for other figures gets a warning."
+    "Loaders that normalise already are used as they are; a body that was made for other figures gets a warning."
     block = DataBlock((ImageBlock, CategoryBlock), get_items=get_image_files, get_y=parent_label, item_tfms=Resize(64))
     dls = block.dataloaders(birds(tmp_path), bs=6)
     learn = fit(focus_learner(dls, "toy_resnet", pretrained=False))
     assert learn.model.image_size == (64, 64) and np.isfinite(learn.recorder.values[-1][0])
     with learn.no_bar(): assert len(learn.get_preds()[0]) == len(dls.valid_ds)
+    dls = learn.dls
     with warnings.catch_warnings():
         warnings.simplefilter("error", DataWarning)
-        focus_learner(dls, "toy_resnet", pretrained=False)
+        assert focus_learner(dls, "toy_resnet", pretrained=False).dls is dls
     with pytest.warns(DataWarning, match="dls normalises with mean .0.485.* but googlenet was made for .0.5"):
         focus_learner(dls, "googlenet", pretrained=False, image_size=96, m=2, l=2)
     assert sum(isinstance(t, Normalize) for t in dls.after_batch.fs) == 1

@@ -262,3 +262,18 @@ def test_another_pictures_regions_do_as_well_where_all_are_the_same(learn):
     own = localisation(learn)
     assert not np.allclose(own.value, own.another, atol=.01)
     assert localisation(learn).equals(own)                                         # the same seed, the same table
+
+
+def test_metrics_take_tensors_of_a_gpu():
+    "Without a GPU: PyTorch's fake tensors complain as a GPU's would where devices are mixed."
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from fd_focus.evidence.localisation import _pointed
+    with FakeTensorMode(allow_non_fake_inputs=False):
+        boxes, box = torch.rand(3, 4, 4, device="cuda"), torch.rand(3, 4, device="cuda")
+        parts, shown = torch.rand(3, 5, 3, device="cuda"), torch.ones(3, 5, dtype=torch.bool, device="cuda")
+        attention = torch.rand(3, 7, 7, device="cuda")
+        found = [part_hit_rate(boxes, parts[..., :2]), part_hit_rate(boxes, parts[..., :2], shown),
+                 group_hit(boxes, parts[..., :2], shown), box_recall(boxes, box), object_coverage(boxes, box),
+                 pointing_game(attention, box, (64, 64), 3.), _pointed(attention, parts, shown, (64, 64), .1)]
+        assert all(values.device.type == "cuda" for values in found)

@@ -1,7 +1,10 @@
 "A wheel that installs without the tools of development, and a README that says what the notebooks say."
+import ast
+import re
 import subprocess
 import sys
 import zipfile
+from configparser import ConfigParser
 from pathlib import Path
 
 from make_readme import readme
@@ -40,3 +43,24 @@ def test_no_machine_is_in_saved_outputs():
                 wrong.append(f"{file.name} {cell['id']}")
             assert '"output_type": "error"' not in text, f"{file.name} {cell['id']} holds an error"
     assert not wrong, wrong
+
+
+def imported(tree) -> set[str]:
+    "First words of the modules, but Python's and our own, that some code imports."
+    names = {alias.name for node in tree if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in tree if isinstance(node, ast.ImportFrom) and not node.level}
+    return {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"fd_focus"}
+
+
+def test_what_is_imported_is_declared():
+    "At the head of a module by the package itself (or by the extra that the module is for), within functions by any."
+    config, called = ConfigParser(delimiters=["="]), dict(PIL="pillow", yaml="pyyaml", pillow_heif="pillow-heif")
+    config.read(root / "settings.ini", encoding="utf-8")
+    declared = {key: set(re.findall(r"([a-z_-]+)[^ ]*", words)) for key, words in config["DEFAULT"].items()
+                if key.endswith("requirements")}
+    for module in (root / "fd_focus").rglob("*.py"):
+        tree, own = ast.parse(module.read_text(encoding="utf-8")), declared.get(f"{module.stem}_requirements", set())
+        head = {called.get(name, name) for name in imported(tree.body)}
+        assert not head - declared["requirements"] - own, module.name
+        anywhere = {called.get(name, name) for name in imported(ast.walk(tree))} - {"wandb"}     # asked for by name
+        assert not anywhere - set().union(*declared.values()), module.name

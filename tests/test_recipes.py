@@ -58,3 +58,18 @@ def test_the_papers_optimiser_goes_with_its_fit(dls):
         assert learn.opt_func is Adam and "sqr_avg" in next(iter(learn.opt.state.values())) and not learn.wd_bn_bias
         with pytest.raises(KeyboardInterrupt): learn.fit_paper(1, cbs=Stop())
     assert learn.opt_func is Adam and learn.opt is None and not learn.wd_bn_bias
+
+
+@pytest.mark.parametrize("how,lrs", [("fit_paper", [(1e-3, .01), (1e-3, .01), (1e-4, .001)]),
+                                     ("fit_modern", [(1.6e-5, 1.6e-4), (4e-4, 4e-3)])])
+def test_every_step_has_the_rate_of_the_recipe(dls, how, lrs):
+    "Body and heads; two steps before the end of the paper's rate is a tenth, and modern warms up for a half."
+    class Rates(Callback):
+        order, rates = 99, []
+        def before_step(self): self.rates.append(tuple(h["lr"] for h in self.opt.hypers))
+    rates = Rates()
+    rates.rates = []
+    fit(dls, how, cbs=rates, **(dict(warm=.5) if how == "fit_modern" else {}))
+    assert len(rates.rates) == 6
+    places = (0, 2, 3) if how == "fit_paper" else (0, 3)
+    for place, expected in zip(places, lrs): assert rates.rates[place] == pytest.approx(expected)

@@ -1,6 +1,5 @@
 "A run that is killed, stopped or out of room goes on as if nothing had happened."
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 from fastai.callback.core import Callback
 from safetensors.torch import load_file
@@ -32,7 +32,6 @@ def work(kwargs, log, tweak, argument):
     "In a process of its own: `fd_focus_train(**kwargs)`, its words in the file `log`."
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
     os.dup2(1, 2)
-    multiprocessing.set_start_method("fork", force=True)     # as a program of its own has; here it is 'forkserver'
     if tweak: tweak(argument)
     fd_focus_train(**kwargs)
 
@@ -252,15 +251,15 @@ def test_ctrl_c_and_the_command_it_prints(whole, start, tmp_path):
     assert same(whole, out)
 
 
-@pytest.mark.slow
-def test_workers_are_seeded_alike(start, finish, tmp_path):
-    assert finish(tmp_path / "whole", workers=2, **TINY)[0] == 0
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_workers_change_nothing(whole, start, finish, tmp_path, workers):
+    "Whoever opens the pictures, in a whole run or a resumed one; `whole` has no workers."
     out = tmp_path / "run"
-    process = start(out, workers=2, **TINY)
+    process = start(out, workers=workers, **TINY)
     wait_for(lambda: (out / "checkpoint.pt").exists() and read_checkpoint(out / "checkpoint.pt")["epoch"] == 2, process)
     kill(process)
     assert finish(out, resume=True)[0] == 0
-    assert same(tmp_path / "whole", out)
+    assert same(whole, out)
 
 
 def fails(**kwargs):
@@ -307,8 +306,49 @@ def test_resume_what_cannot_be_resumed(unfinished, birds, tmp_path):
     one = sorted((data / victim.name).iterdir())[0]
     one.rename(one.with_name("zz.png"))
     assert "names of the pictures" in fails(resume=True, out=str(run))
+    one.with_name("zz.png").rename(one)
+    pixels = one.read_bytes()
+    shutil.copy(next((data / "..").glob("birds/*/00.png")), one)
+    assert "another training; contents of the pictures: " in fails(resume=True, out=str(run))
+    one.write_bytes(pixels)
     (tmp_path / "checkpoint.pt").write_bytes((run / "checkpoint.pt").read_bytes()[:-500])
     assert f"the checkpoint {tmp_path / 'checkpoint.pt'} is damaged" in fails(resume=True, out=str(tmp_path))
+
+
+def test_exchanged_labels_are_another_training(birds, tmp_path):
+    "The same files and classes, but every picture is called by the other name."
+    files = sorted(birds.glob("*/*.png"))[:12]
+    def write(names):
+        rows = [f"{f.name},{names[i % 2]},{'train' if i < 8 else 'valid'}" for i, f in enumerate(files)]
+        (tmp_path / "set/split.csv").write_text("\n".join(["file,label,split", *rows]))
+    (tmp_path / "set").mkdir()
+    for file in files: shutil.copy(file, tmp_path / "set")
+    write("ab")
+    settings = Settings(data=str(tmp_path / "set"), arch="toy_resnet", image_size=48, epochs=1, bs=4)
+    train(settings, bar=False, out=tmp_path / "run")
+    write("ba")
+    assert "another training; labels of the pictures: " in fails(resume=True, out=str(tmp_path / "run"))
+
+
+def test_what_was_asked_beside_the_settings_lasts(start, finish, tmp_path):
+    out = tmp_path / "run"
+    process = start(out, examples=0, **TINY)
+    wait_for(lambda: (out / "checkpoint.pt").exists(), process)
+    kill(process)
+    assert finish(out, resume=True)[0] == 0 and not (out / "model/examples").exists()
+
+
+def test_files_that_are_no_checkpoint_of_ours(unfinished, tmp_path):
+    file = tmp_path / "checkpoint.pt"
+    state = read_checkpoint(unfinished / "run/checkpoint.pt")
+    for other in (state | dict(format="fd_focus checkpoint 1"), {k: v for k, v in state.items() if k != "beside"}, [1]):
+        torch.save(other, file)
+        assert "is no checkpoint of this version of fd_focus" in fails(resume=True, out=str(tmp_path))
+    torch.save(dict(state, more=Path("x")), file)         # what a person can put into any file
+    said = fails(resume=True, out=str(tmp_path))
+    assert "it holds more than tensors and plain values" in said and "weights_only" not in said
+    torch.save(dict(state, settings=state["settings"] | dict(colour="red")), file)
+    assert "colour" in fails(resume=True, out=str(tmp_path))
 
 
 def test_flags_win_over_the_file(finish, tmp_path):

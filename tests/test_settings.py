@@ -144,12 +144,13 @@ def test_what_was_not_given():
 @pytest.mark.parametrize("cores, processes, workers", [(1, 1, 0), (2, 1, 1), (16, 1, 15), (16, 4, 3), (64, 1, 16)])
 def test_workers_to_spare(cores, processes, workers):
     with mock.patch("os.sched_getaffinity", return_value=set(range(cores)), create=True), \
-         mock.patch.object(multiprocessing, "get_start_method", return_value="fork"):
+         mock.patch.object(multiprocessing, "get_start_method", return_value="forkserver"):      # Python 3.14's
         assert workers_to_spare(processes) == workers
 
 
 def test_no_workers_where_they_cannot_be_forked():
-    with mock.patch.object(multiprocessing, "get_start_method", return_value="spawn"): assert workers_to_spare() == 0
+    with mock.patch.object(multiprocessing, "get_all_start_methods", return_value=["spawn"]):
+        assert workers_to_spare() == 0
 
 
 def test_both_spellings_and_short_ones():

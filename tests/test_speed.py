@@ -184,6 +184,21 @@ def test_an_epoch_uses_all_its_gradients(accumulate, ratios):
     assert found == pytest.approx(2 * ratios) and not learn.model.image_head.weight.equal(before)
 
 
+@pytest.mark.parametrize("accumulate,exchanges", [(1, [True] * 4), (2, [False, True] * 2),
+                                                  (3, [False, False, True, True])])
+def test_gradients_are_exchanged_for_a_step_only(accumulate, exchanges):
+    "With several processes; here the attribute of DistributedDataParallel that its `no_sync` sets."
+    four = FocusDataLoaders.from_toy(images_per_class=8, valid_per_class=1, n_classes=4, image_size=64, bs=8)
+    found = []
+    class Watch(Callback):
+        def after_pred(self):
+            if self.training: found.append(self.model.require_backward_grad_sync)
+    learn = speed_up(focus_learner(four, "toy_resnet", pretrained=False, cbs=[Watch()]), accumulate=accumulate)
+    learn.model.require_backward_grad_sync = True
+    with quiet(learn): learn.fit(2, 1e-3)
+    assert found == exchanges * 2
+
+
 def test_gradients_of_a_stopped_fit_are_forgotten(dls):
     class Stop(Callback):
         order = 100

@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from .benchmarks import aircraft_folder, aircraft_table, cars_folder, cars_table, cub_folder, cub_table
-from .items import (BalancedDL, FitResize, ItemReader, LabelReader, ToyReader, find_item,
+from .items import (BalancedDL, FitResize, ItemReader, LabelReader, SeededDL, ToyReader, find_item,
                                  paper_transforms, target_side)
 from .pictures import (DataWarning, ReducedPictures, check_images, duplicate_images, open_image,
                                     upright_size)
@@ -159,11 +159,12 @@ def from_table(cls: FocusDataLoaders,
     block = DataBlock((ImageBlock, CategoryBlock(vocab=sorted(table.label.unique()))), get_y=LabelReader(table),
                       get_x=_reader(path, min_side, cache, cache_gb, table.attrs), item_tfms=item_tfms,
                       batch_tfms=batch_tfms, splitter=IndexSplitter(np.flatnonzero(table.split == "valid")))
-    if balance: kwargs |= _balanced(table)
+    kwargs = dict(dl_type=SeededDL) | kwargs | (_balanced(table) if balance else {})
     dls = cls._of(block.dataloaders(list(table.file), bs=bs, **kwargs), table, image_size, path)
     dls.skipped, dls.duplicates = bad | doubled, twice.reset_index(drop=True)
     dls.geometry = (max(item_tfms[0].size), squash) if own else None
     dls.min_side, dls.judged_by = min_side, judged_by
+    dls.fingerprints = [prints.get(path / file) for file in table.file]
     return dls
 
 # %% ../../nbs/25_loaders.ipynb #60_data038b
@@ -223,7 +224,7 @@ def from_toy(cls: FocusDataLoaders,
                       get_x=ToyReader(reader, image_size),
                       splitter=IndexSplitter(np.flatnonzero(table.split == "valid")),
                       item_tfms=[FitResize(image_size, method=ResizeMethod.Squish), FlipItem()], batch_tfms=batch_tfms)
-    dls = cls._of(block.dataloaders(items, bs=bs, num_workers=num_workers), table, image_size)
+    dls = cls._of(block.dataloaders(items, bs=bs, num_workers=num_workers, dl_type=SeededDL), table, image_size)
     dls.min_side, dls.judged_by = image_size, split
     return dls
 

@@ -224,6 +224,8 @@ def bars(results: dict) -> list[dict]:
 def _read(out, only: tuple, quick: bool, device: str, here: dict) -> dict:
     "Results that are in the file. ValueError where sections that would stay are of another kind, or machine."
     results = json.loads(Path(out).read_text()) if out and Path(out).is_file() else {}
+    if results and not {"machine", "quick"} <= set(results):
+        raise ValueError(f"{out} is no result of fd_focus_bench, which would replace it; give another --out")
     kept = [name for name in SECTIONS if name in results and name not in only]
     if not kept: return results
     def same(m): return m["processor"], m["gpu"], m["threads"]

@@ -35,7 +35,7 @@ def part_hit_rate(
 ) -> Tensor:                          # (B,m) for k = 1..m; NaN without a visible part
     "Share of visible parts whose centre lies in one of the top-k regions, for every k."
     hit = _inside(centres, regions).cummax(-1).values.float()                       # (B,P,m)
-    shown = torch.ones(centres.shape[:2]) if visible is None else visible.float()
+    shown = torch.ones_like(centres[..., 0]) if visible is None else visible.float()
     return (hit * shown[..., None]).sum(1) / shown.sum(1, keepdim=True)
 
 # %% ../../nbs/51_localisation.ipynb #51_localisation_010
@@ -131,14 +131,14 @@ def _box_metrics(look: Look, box: Tensor, size) -> dict[str, Tensor]:
 # %% ../../nbs/51_localisation.ipynb #51_localisation_013
 def _pointed(attention, parts, visible, size, within) -> Tensor:
     "(B,) pointing game of visible parts (B,P,3), or of squares around those without a radius; NaN: none is visible."
-    reach = parts[..., 2:] if within is None else torch.tensor([size[1], size[0]]) * within
+    reach = parts[..., 2:] if within is None else parts.new_tensor([size[1], size[0]]) * within
     around = torch.cat([parts[..., :2] - reach, parts[..., :2] + reach], -1).where(visible[..., None], torch.nan)
     return _known(pointing_game(attention, around, size), visible.any(1))
 
 def _part_metrics(look: Look, truth: dict, size, groups: dict, within: float) -> dict[str, Tensor]:
     "Metrics of all known parts, and of groups of them: name -> their places among the parts."
     parts, values = truth["parts"], {}
-    visible = truth.get("visible", torch.ones(parts.shape[:2], dtype=torch.bool))
+    visible = truth.get("visible", torch.ones_like(parts[..., 0], dtype=torch.bool))
     points = not parts[..., 2][visible].any()                  # without radii
     if look.attention is not None:
         for name, which in {"any part": slice(None), **groups}.items():

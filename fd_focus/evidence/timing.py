@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from importlib.metadata import version
 from unittest.mock import patch as replaced
 
 import numpy as np
@@ -30,6 +29,7 @@ from ..loss import FocusLoss
 from ..methods import Method, build_method
 from ..regions import propose, propose_from_table, region_grid, suppression_table
 from ..training.learner import body_and_heads
+from ..training.run import versions
 from ..training.speed import FusedAdam, keep_memory, peak_memory
 from ..zoom import zoom
 
@@ -46,14 +46,13 @@ def _processor() -> str:
 
 def machine() -> dict:
     "What a timing depends on: processor, threads, memory, GPU, versions, the load before the start."
-    packages = ("fd_focus", "torch", "torchvision", "fastai", "numpy")
     return dict(processor=_processor(), cores=os.cpu_count(), threads=torch.get_num_threads(),
                 memory_gb=round(available_memory("cpu") / 1e9, 1),
                 gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
                 capability=torch.backends.cpu.get_cpu_capability(),
                 load=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
                 date=time.strftime("%Y-%m-%d"),
-                versions={p: version(p) for p in packages} | {"python": platform.python_version()})
+                versions=versions())
 
 # %% ../../nbs/54_timing.ipynb #85_bench006d
 class Clock:

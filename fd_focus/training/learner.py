@@ -4,10 +4,13 @@
 
 # %% auto #0
 __all__ = ['body_and_heads', 'to_pixels', 'look_at', 'FocusLearner', 'HeadAccuracy', 'over_processes', 'LossParts', 'LossPart',
-           'StopOnNaN', 'SmoothOnDevice', 'FocusInterpretation', 'focus_learner', 'history']
+           'StopOnNaN', 'SmoothOnDevice', 'EpochLines', 'FocusInterpretation', 'with_transform', 'focus_learner',
+           'history']
 
 # %% ../../nbs/30_learner.ipynb #70_learner003
+import copy
 import math
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,19 +20,22 @@ import pandas as pd
 import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.mixup import MixHandler
+from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import *   # noqa: F403 -- patches fit_one_cycle, fine_tune, lr_find into Learner
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize
 from fastai.interpret import ClassificationInterpretation
-from fastai.learner import AvgSmoothLoss, Learner, Metric
+from fastai.learner import AvgSmoothLoss, Learner, Metric, noop
 from fastai.metrics import accuracy
 from fastai.torch_core import find_bs, params
 from fastai.vision.core import TensorImage
-from fastcore.basics import noop, patch
+from fastcore.basics import patch
 from fastcore.foundation import L
+from fastcore.imports import IN_NOTEBOOK
 from torch import Tensor, nn
 
 from ..bodies import create_body, is_own
+from ..data.items import own_random
 from ..data.pictures import DataWarning
 from ..draw import plot_focus
 from ..loss import FocusLoss
@@ -83,6 +89,12 @@ class FocusLearner(Learner):
             self.loss = self.loss_grad.clone()
         self("after_loss")
         if self.training and len(self.yb): self._do_grad_opt()
+
+    def _do_epoch_validate(self, ds_idx=1, dl=None):
+        fs = getattr(getattr(dl, "after_batch", None), "fs", None)      # of a loader of the user's, such as dls.test_dl
+        if fs is not None and (own := _normalises(self.dls.valid)) and not _normalises(dl):
+            dl = with_transform(dl, own[0])
+        super()._do_epoch_validate(ds_idx, dl)
 
     def _with_events(self, f, event_type, ex, final=noop):
         try: super()._with_events(f, event_type, ex, final)
@@ -164,7 +176,17 @@ class StopOnNaN(Callback):
         else: self.first, self.value = torch.minimum(self.first, here), torch.where(here < self.first, loss, self.value)
         at_once = loss.device.type == "cpu" or hasattr(self.learn, "lr_finder")
         if (self.iter + 1) % (self.every or (1 if at_once else 50)) == 0: self.look()
-    def after_train(self): self.look()
+    def after_train(self):
+        self.look()
+        finite = torch.stack([p.detach().isfinite().all() for p in self.model.parameters()]).all()
+        if not finite and not hasattr(self.learn, "lr_finder"):
+            raise FloatingPointError(f"the last step of epoch {self.epoch + 1} left weights that are no numbers, at "
+                                     f"learning rate {self.lrs[-1]:.1e}: try a smaller one")
+    def after_epoch(self):       # the sums of all processes are known
+        loss = self.recorder.loss.value if self.lrs and not hasattr(self.learn, "lr_finder") else None
+        if loss is not None and math.isnan(loss):
+            raise FloatingPointError(f"the validation loss became nan after epoch {self.epoch + 1}, at learning rate "
+                                     f"{self.lrs[-1]:.1e}: try a smaller one, or look for broken pictures")
     def look(self):
         "Read the note (a device is waited for here) and raise where there is one."
         if self.first is None or math.isinf(batch := float(self.first)): return
@@ -185,9 +207,28 @@ class SmoothOnDevice(Callback):
     "The Recorder's running mean of the loss without waiting for the device; its curve comes over once an epoch."
     order = 40     # before the Recorder's 50
     def before_fit(self): self.recorder.smooth_loss = _DeviceSmoothLoss(self.recorder.smooth_loss.beta)
+    def before_train(self): self.known = len(self.recorder.losses)     # they have come over already
     def after_train(self):
-        if losses := self.recorder.losses:
-            self.recorder.losses = list(torch.stack([loss.to(self.loss.device) for loss in losses]).cpu())
+        if fresh := self.recorder.losses[self.known:]:
+            self.recorder.losses[self.known:] = torch.stack(fresh).cpu().unbind()
+
+# %% ../../nbs/30_learner.ipynb #30_learner_004
+class EpochLines(Callback):
+    "The table of epochs, a line each and no bars: for an output that is no terminal."
+    order = ProgressCallback.order
+    def before_fit(self):
+        self.run = self.create_mbar and self.logger is not noop      # `get_preds` and `no_logging` want none
+        if not self.run: return
+        self.before, self.learn.logger = self.logger, self.write
+        self.write(self.recorder.metric_names)
+    def write(self, row):
+        words = [f"{value:.6f}" if isinstance(value, float) else str(value) for value in row]
+        widths = [max(8, len(name)) for name in self.recorder.metric_names]
+        print("  ".join(map(str.ljust, words, widths)).rstrip(), flush=True)
+    def after_fit(self):
+        if self.run: self.learn.logger = self.before
+
+def _moves(stream) -> bool: return IN_NOTEBOOK or (hasattr(stream, "isatty") and stream.isatty())
 
 # %% ../../nbs/30_learner.ipynb #30_learner_106
 @patch
@@ -224,20 +265,38 @@ def see(self: FocusLearner,
     batches = [(to_pixels(self.dls.valid, x), look_at(self, x)) for x, *_ in self.dls.test_dl(items, num_workers=0)]
     return torch.cat([x for x, _ in batches]), Look.cat([look for _, look in batches])
 
+# %% ../../nbs/30_learner.ipynb #30_learner_006
+def _normalises(dl) -> list:
+    return [t for t in getattr(dl.after_batch, "fs", ()) if isinstance(t, Normalize)]
+
+def with_transform(dl, transform):
+    "A loader of the same items in the same order, with one more transform of its batches; `dl` stays as it is."
+    new, new_fake = copy.copy(dl), copy.copy(dl.fake_l)
+    new.after_batch = type(dl.after_batch)([*dl.after_batch.fs, transform], split_idx=dl.after_batch.split_idx)
+    new.fake_l, new_fake.d, new_fake.default, new_fake.dataset = new_fake, new, new, new_fake
+    return new
+
 # %% ../../nbs/30_learner.ipynb #70_learner014n
-def _normalise(dls: DataLoaders, stats: tuple, arch) -> None:
-    "Normalise batches with the body's (mean, std); where they are normalised otherwise already, say so."
-    given = [t for t in dls.after_batch.fs if isinstance(t, Normalize)]
-    if not given: return dls.add_tfms([Normalize.from_stats(*stats)], "after_batch")
+def _normalised(dls: DataLoaders, stats: tuple, arch) -> DataLoaders:
+    "Loaders that normalise with the body's (mean, std); where `dls` does so otherwise already, say so."
+    if not (given := _normalises(dls)):
+        dls, transform = copy.copy(dls), Normalize.from_stats(*stats)
+        dls.loaders = [with_transform(dl, transform) for dl in dls.loaders]
+        return dls
     mean, std = ([round(v, 3) for v in part.flatten().tolist()] for part in (given[0].mean, given[0].std))
     if [mean, std] != [[round(v, 3) for v in part] for part in stats]:
         warnings.warn(f"dls normalises with mean {mean} and std {std}, but {arch} was made for {stats[0]} and "
                       f"{stats[1]}: make new DataLoaders for it", DataWarning, stacklevel=3)
+    return dls
 
 # %% ../../nbs/30_learner.ipynb #70_learner015
 def _image_size(dls: DataLoaders) -> tuple[int, int] | int:
-    "That of the pictures in `dls`; drawing one batch leaves the random state alone."
-    with torch.random.fork_rng(): return getattr(dls, "image_size", None) or tuple(dls.one_batch()[0].shape[2:])
+    "That of the pictures in `dls`. Where a batch must be drawn for it, every random state is left alone."
+    if size := getattr(dls, "image_size", None): return size
+    kept, dls.train.rng = dls.train.rng, copy.copy(dls.train.rng)
+    try:
+        with own_random(0), torch.random.fork_rng(): return tuple(dls.one_batch()[0].shape[2:])
+    finally: dls.train.rng = kept
 
 def _preset(name: str | None, twice: bool, size: int | tuple[int, int], fixed: bool) -> dict:
     "Options of a preset; `size` is the first look's if `fixed`, else that of the pictures that regions are cut from."
@@ -292,11 +351,12 @@ def focus_learner(
     options |= {name: kwargs.pop(name) for name in list(kwargs) if name in known}
     body, stats = (arch, None) if isinstance(arch, nn.Module) else create_body(arch, pretrained, weights, cut)
     net = build_method(method, body, n_classes, **options)
-    if normalize and stats: _normalise(dls, stats, arch)
+    if normalize and stats: dls = _normalised(dls, stats, arch)
     loss = _loss(loss_func, net, label_smoothing, chosen.get("distill", 0.))
     own = [StopOnNaN(), SmoothOnDevice(), LossParts(), *net.callbacks()]
     learn = FocusLearner(dls, net, loss_func=loss, splitter=body_and_heads, cbs=own + list(L(cbs)),
                          metrics=[accuracy, *L(_columns(net, loss) if metrics is None else metrics)], **kwargs)
+    if not _moves(sys.stdout): learn.add_cb(EpochLines()).remove_cb(ProgressCallback)
     if stats and (weights is not None or (pretrained and not is_own(arch))): learn.freeze()   # others' may be untrained
     return learn
 

@@ -45,7 +45,6 @@ def fit_paper(self: FocusLearner,
     try:
         self.create_opt()
         self.unfreeze()
-        self.opt.set_hyper("lr", lrs)
         self.fit(n_epoch, wd=wd, cbs=[ParamScheduler({"lr": Steps(lrs)}), *L(cbs)], start_epoch=start_epoch)
     finally: (self.opt_func, self.wd_bn_bias), self.opt = before, None
 
@@ -72,7 +71,6 @@ def fit_modern(self: FocusLearner,
     "Train end to end: warm-up and cosine with the learner's optimiser (AdamW by default)."
     self.unfreeze()
     lrs = np.array([lr * body_lr, lr])
-    self.opt.set_hyper("lr", lrs)
     extra = ([AverageWeights(ema)] if ema else []) + ([MixUp(mixup)] if mixup else [])
     schedule = ParamScheduler({"lr": WarmCosine(lrs, warm)})
     self.fit(n_epoch, wd=wd, cbs=[schedule, *extra, *L(cbs)], start_epoch=start_epoch)

@@ -8,17 +8,15 @@ __all__ = ['make_loaders', 'make_learner', 'log_callback', 'versions', 'train', 
 
 # %% ../../nbs/36_run.ipynb #36_run_imports
 import json
-import multiprocessing
 import os
 import platform
 import re
-import sys
 import time
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib import import_module
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -39,19 +37,16 @@ from .settings import FOLDER_SETTINGS, Settings, method_arguments, resolve, writ
 from .speed import speed_up
 
 # %% ../../nbs/36_run.ipynb #36_run_001
-def _check_machine(s: Settings, processes: int) -> None:
-    "ValueError for a batch that processes cannot share, and for workers that cannot be started."
+def _check_shares(s: Settings, processes: int) -> None:
+    "ValueError for a batch that processes cannot share."
     if s.bs % processes or s.bs < 2 * processes:
         raise ValueError(f"bs={s.bs} cannot be shared by {processes} processes; use a multiple of {processes}, "
                          f"at least {2 * processes}")
-    if s.workers and sys.platform != "win32" and (start := multiprocessing.get_start_method()) != "fork":
-        raise ValueError(f"workers={s.workers}: fastai's loaders cannot be sent to processes started by {start!r}; "
-                         "use workers=0, or multiprocessing.set_start_method('fork') first")
 
 def make_loaders(settings: Settings) -> FocusDataLoaders:
     "The pictures of a run, or this process's share of each batch. ValueError for data that the settings do not fit."
     s, processes = resolve(settings), max(1, num_distrib())
-    _check_machine(s, processes)
+    _check_shares(s, processes)
     common = dict(image_size=s.input_size or s.image_size, bs=s.bs // processes, num_workers=s.workers)
     if s.data == "toy":
         dls = FocusDataLoaders.from_toy(s.images_per_class, s.valid_per_class, split=s.split, n_classes=s.n_classes,
@@ -134,9 +129,9 @@ def log_callback(
     return Wandb(log_preds=False)
 
 # %% ../../nbs/36_run.ipynb #36_run_007
-def _checkpoint(s: Settings, out: str | Path, resume: bool) -> Checkpoint:
+def _checkpoint(s: Settings, out: str | Path, resume: bool, beside: dict | None = None) -> Checkpoint:
     "What saves the run in `out`, and goes on from there. ValueError where the run there had other settings."
-    checkpoint, now = Checkpoint(out, resume, asdict(s)), asdict(s)
+    checkpoint, now = Checkpoint(out, resume, asdict(s), beside), asdict(s)
     there = checkpoint.state["settings"] if resume else now
     if wrong := [name for name in now if name in there and there[name] != now[name] and name != "workers"]:
         differ = ", ".join(f"{name}={now[name]!r} (there: {there[name]!r})" for name in wrong)
@@ -153,7 +148,7 @@ def _callbacks(s: Settings, out: str | Path | None) -> list[Callback]:
 def versions() -> dict[str, str]:
     "Versions of what a result depends on."
     names = ("fd_focus", "torch", "torchvision", "fastai", "fastcore", "numpy")
-    return {name: version(name) for name in names} | {"python": platform.python_version()}
+    return {name: str(import_module(name).__version__) for name in names} | {"python": platform.python_version()}
 
 def _summary(learn: FocusLearner, table: pd.DataFrame, s: Settings, kept: int, seconds: float) -> dict:
     "Figures of a finished run; `kept` is the row of the epoch whose weights are kept."
@@ -171,13 +166,14 @@ def train(
     bar: bool = True,                         # show fastai's progress bar and table
     out: str | Path | None = None,            # a folder for checkpoints; None: no checkpoints
     resume: bool = False,                     # go on from the checkpoint in `out`
+    beside: dict | None = None,               # what else was asked for; kept in the checkpoint
 ) -> tuple[FocusLearner, pd.DataFrame, dict]: # learner, table by epoch, summary
     """Train from settings. The summary holds accuracy (0 to 1, of the weights that are kept), seconds,
     images_per_second, versions, and all settings, filled in. ValueError for what does not fit together."""
     s = resolve(settings)
     if out is None and (resume or s.log):
         raise ValueError(f"{'resume' if resume else 'log'} needs the folder `out` of the run")
-    checkpoint = None if out is None else _checkpoint(s, out, resume)
+    checkpoint = None if out is None else _checkpoint(s, out, resume, beside)
     cbs = _callbacks(s, out)
     learn = make_learner(s)
     if resume: checkpoint.check(learn, s.epochs)

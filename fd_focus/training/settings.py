@@ -185,7 +185,7 @@ class Settings(MachineSettings, RecipeSettings, MethodSettings, BodySettings, Da
 def workers_to_spare(processes: int = 1) -> int:
     """Processes that can load pictures for each of `processes` that train: the cores but one each, at most 16.
     0 where they cannot be started."""
-    if sys.platform == "win32" or multiprocessing.get_start_method() != "fork": return 0    # fastai's loaders fork
+    if "fork" not in multiprocessing.get_all_start_methods(): return 0      # as fastai's loaders need
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(16, max(0, cores // processes - 1))
 

@@ -218,6 +218,9 @@ class AccumulateGradients(GradientAccumulation):
     def before_fit(self):
         super().before_fit()
         if self.opt is not None: self.opt.zero_grad()       # a fit that was stopped may have left some
+    def before_batch(self):       # several processes exchange gradients (notebook 33) for a step, not for every batch
+        waits = self.count + find_bs(self.yb) < self.n_acc and self.iter < self.n_iter - 1
+        if hasattr(self.model, "require_backward_grad_sync"): self.model.require_backward_grad_sync = not waits
     def before_step(self):
         held = self.count + find_bs(self.yb)
         if held < self.n_acc and self.iter == self.n_iter - 1:

@@ -9,7 +9,6 @@ __all__ = ['IMPORTED', 'explained', 'import_own', 'command', 'fd_focus_train', '
 # %% ../../nbs/66_commands.ipynb #66_commands_004
 import builtins
 import importlib
-import multiprocessing
 import os
 import shlex
 import sys
@@ -74,7 +73,7 @@ def fd_focus_train(
     config: str = None,       # YAML file of settings, such as the settings.yaml of a run; flags win over it
     preset: str = None,       # defaults for a purpose: photos, paper or none; the file and flags win over it (photos)
     out: str = None,          # folder for the report and the model (runs/train)
-    examples: int = 4,        # validation pictures to put into model/examples/, which the app offers; 0: none
+    examples: int = None,     # validation pictures to put into model/examples/, which the app offers; 0: none (4)
     resume: bool = False,     # go on with the unfinished run in `out`, with its settings
     **settings,               # any of `Settings`
 ):
@@ -98,7 +97,7 @@ def run_settings(
     given = {name: value for name, value in sorted(expand(asked).items()) if value is not None}
     if wrong := [f"{name}={value} (there: {there[name]})" for name, value in given.items() if there[name] != value]:
         raise ValueError(f"--resume goes on with the settings of the run in {out}; leave out {', '.join(wrong)}")
-    return Settings(**there)
+    return make_settings(there)         # those of another version may have other names
 
 def is_finished(out: Path) -> bool:
     "Whether a run has left its report, and nothing to go on with."
@@ -144,9 +143,9 @@ def _say_who_looks_again(learn, chosen, summary: dict, out: Path) -> None:
         return print(f"a second look below {net.look_again_below:.2f}, as set: test pictures judge, and choose "
                      "nothing; --valid_pct holds out some that may")
     from fd_focus.evidence.look_again import plot_look_again
-    from fd_focus.training.checkpoint import put
+    from fd_focus.training.run import save_figure
     summary |= dict(accuracy=chosen.accuracy, looked_again=chosen.share)
-    put(out / "look_again.png", lambda part: plot_look_again(chosen).savefig(part, dpi=110))
+    save_figure(out / "look_again.png", lambda: plot_look_again(chosen))
     print(f"{100 * chosen.share:.0f} % of the validation pictures look again: {100 * chosen.accuracy:.1f} % right; "
           f"{100 * chosen.one_look:.1f} % if nobody did, {100 * chosen.everybody:.1f} % if everybody did")
 
@@ -210,20 +209,20 @@ def prepare() -> None:
     from fd_focus.training.speed import keep_memory
     keep_memory()                # a fifth of a CPU's time went into clearing new pages
 
-def _train(asked: dict, out: Path, examples: int, resume: bool) -> None:
+def _train(asked: dict, out: Path, examples: int | None, resume: bool) -> None:
     prepare()
-    if examples < 0: raise ValueError(f"examples={examples}; use a number of pictures, or 0 for none")
-    if sys.platform == "linux" and multiprocessing.get_start_method(allow_none=True) is None:
-        multiprocessing.set_start_method("fork")        # the only kind of process that fastai's loaders work in
+    if (examples or 0) < 0: raise ValueError(f"examples={examples}; use a number of pictures, or 0 for none")
     first = not int(os.environ.get("RANK", 0))
     if not first: sys.stdout = open(os.devnull, "w")
     if resume and is_finished(out): return print(f"fd_focus: the run in {out} is finished: nothing to go on with")
     settings = run_settings(asked, out, resume)
     _check_out(settings, out, resume)
     if not resume: _say_first(settings, out)
+    from fd_focus.training.checkpoint import read_checkpoint
     from fd_focus.training.run import train
+    if examples is None: examples = read_checkpoint(out / "checkpoint.pt")["beside"].get("examples", 4) if resume else 4
     with _going_on(out, speaks=first):
-        learn, table, summary = train(settings, out=out, resume=resume)
+        learn, table, summary = train(settings, out=out, resume=resume, beside=dict(examples=examples))
         if not first: return
         calibrated = _leave(learn, table, summary, out, examples)
     (out / "checkpoint.pt").unlink()             # all it was for is in model/ now
