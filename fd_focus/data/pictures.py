@@ -176,21 +176,22 @@ def upright_size(
     return picture.size[::-1] if swapped else picture.size
 
 # %% ../../nbs/20_pictures.ipynb #60_data006g
-def _refuse_bomb(image: Image.Image, whole: tuple[int, int], limit: int | None):
+def _refuse_bomb(image: Image.Image, whole: tuple[int, int], max_pixels: int | None):
     "ValueError where decoding would unfold to more pixels than the limit, or an eighth of a side is no help."
+    limit, advice = max_pixels or Image.MAX_IMAGE_PIXELS, "Shrink the picture" if max_pixels else _BOMB
     if not limit: return
     pixels, all_pixels = image.width * image.height, whole[0] * whole[1]
     most = limit * (4 if image.info.get("progressive") else 16)     # such a JPEG is held whole, 3 bytes a pixel
     if pixels <= limit and all_pixels <= most: return
     raise ValueError(f"{whole[0]}x{whole[1]} pixels are more than {limit / 1e6:.0f} million: "
-                     f"perhaps a decompression bomb. {_BOMB}")
+                     f"perhaps a decompression bomb. {advice}")
 
 def _decode(file, min_side: int | None = None, max_pixels: int | None = None) -> Image.Image:
     "The first picture in a file, loaded, at reduced scale where the format can and `min_side` allows."
     def load(image):
         size = image.size
         if min_side: image.draft(None, (min_side, min_side))
-        _refuse_bomb(image, size, max_pixels or Image.MAX_IMAGE_PIXELS)
+        _refuse_bomb(image, size, max_pixels)
         image.load()
         return image
     return _read(file, load, bool(max_pixels))
