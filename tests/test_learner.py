@@ -296,7 +296,7 @@ def test_titles_say_what_is_right(dls):
     titles = [ax.get_title() for ax in worst.plot_top_losses(2).axes if ax.get_title()]
     for title, loss in zip(titles, worst.top_losses(2)[0], strict=True): assert f"loss {loss:.2f}" in title
     plain = focus_learner(dls, "toy_resnet", "plain", pretrained=False)
-    assert len(plain.show_results(max_n=2).axes) == 2 and plain.see(dls.valid.one_batch())[1].boxes is None
+    assert len(plain.show_results(max_n=2).axes) == 2 and plain.see(plain.dls.valid.one_batch())[1].boxes is None
     plt.close("all")
 
 
@@ -351,7 +351,7 @@ def choosy():
     dls = FocusDataLoaders.from_toy(4, 4, n_classes=3, image_size=64, bs=5)
     learn = focus_learner(dls, "toy_resnet", pretrained=False, answer="adaptive")
     net = shaken(learn.model)
-    look = look_at(learn, torch.cat([x for x, _ in dls.valid]))
+    look = look_at(learn, torch.cat([x for x, _ in learn.dls.valid]))
     net.look_again_below = look.heads["image"].softmax(1).amax(1).sort().values[5:7].mean().item()
     return learn
 
