@@ -67,11 +67,18 @@ def command(work=None, *, groups=()):
         return explained(lambda: work(*args, **kwargs) if args or kwargs else work(**_typed(work, groups)))
     return run
 
+# %% ../../nbs/66_commands.ipynb #66_commands_default
+def _default_preset(asked: dict) -> str:
+    "'photos' for a body that knows something, 'none', the paper's network, for one from random weights (notebook 19)."
+    s = resolve(make_settings(asked))
+    return "photos" if s.pretrained or s.weights else "none"
+
 # %% ../../nbs/66_commands.ipynb #66_commands_015
 @command(groups=GROUPS)
 def fd_focus_train(
     config: str = None,       # YAML file of settings, such as the settings.yaml of a run; flags win over it
-    preset: str = None,       # defaults for a purpose: photos, paper or none; the file and flags win over it (photos)
+    preset: str = None,       # defaults for a purpose: photos, paper or none; the file and flags win over it (photos;
+                              # none where the body starts from random weights)
     out: str = None,          # folder for the report and the model (runs/train)
     examples: int = None,     # validation pictures to put into model/examples/, which the app offers; 0: none (4)
     resume: bool = False,     # go on with the unfinished run in `out`, with its settings
@@ -81,7 +88,7 @@ def fd_focus_train(
     asked = read_settings(config, ("preset", "out")) if config else {}
     asked |= settings | (dict(preset=preset) if preset else {})
     written = asked.pop("out", None)
-    if not resume: asked.setdefault("preset", "photos")
+    if not resume: asked.setdefault("preset", _default_preset(asked))
     _train(asked, Path(out or written or "runs/train"), examples, resume)
 
 # %% ../../nbs/66_commands.ipynb #66_commands_018
