@@ -252,7 +252,7 @@ def test_parity_fails_where_it_should(dls, tmp_path):
 
 def test_ties_are_told_from_errors(dls, tmp_path):
     "On one colour many cells have the same attention but for rounding: any may be first, but no place off the grid."
-    net = loaded(dls, tmp_path, l=1, m=1, sigma=0.)
+    net = loaded(dls, tmp_path, l=1, m=1, sigma=0., answer="hybrid")
     pipeline = FocusPipeline(net)
     image = torch.full((1, 3, 64, 64), .5)
     with torch.no_grad():
