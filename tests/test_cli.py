@@ -259,8 +259,9 @@ def test_who_looks_again_is_chosen_at_the_end(tmp_path):
     assert run.returncode == 0, run.stderr
     assert "of the validation pictures look again" in run.stdout
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    options = json.loads((tmp_path / "run" / "model" / "config.json").read_text())["options"]
-    assert options["answer"] == "adaptive" and 0 <= summary["looked_again"] <= 1 and options["look_again_below"] != .9
+    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert config["options"]["answer"] == "adaptive" and 0 <= summary["looked_again"] <= 1
+    assert config["look_again_below"] != .9 and (tmp_path / "run" / "look_again.png").is_file()
     judged = command("fd_focus_train", *TINY, "--data", "toy", "--n_classes", 3, "--images_per_class", 12, "--answer",
                      "adaptive", "--split", "test", "--out", tmp_path / "judged")
     assert "test pictures judge, and choose nothing" in judged.stdout, judged.stderr

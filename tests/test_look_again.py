@@ -1,11 +1,10 @@
 "Who looks again: the curve and the choice against brute force; a learner's limit, and where none is chosen."
-import copy
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fd_focus.data.loaders import FocusDataLoaders
 from fd_focus.evidence.comparison import multiply_adds
 from fd_focus.evidence.look_again import both_looks, calibrate, choose_share, look_again_curve
 from fd_focus.training.learner import focus_learner
@@ -40,8 +39,7 @@ def test_the_curve_is_what_each_limit_does(seed, n, c, ties):
 
 
 def test_a_learner_chooses_on_validation_pictures(learn):
-    learn = copy.copy(learn)
-    learn.model = copy.deepcopy(learn.model)
+    learn = focus_learner(learn.dls, "toy_resnet", pretrained=False)
     assert learn.model.answer == "adaptive"                    # the default preset
     first, second, targets = both_looks(learn)
     found = calibrate(learn, look_again=.5)
@@ -54,10 +52,10 @@ def test_a_learner_chooses_on_validation_pictures(learn):
     assert one < multiply_adds(learn.model, size, chosen.share) < two or chosen.share == 0
 
 
-def test_test_pictures_choose_nothing(learn):
-    learn = copy.copy(learn)
-    learn.dls, learn.model = copy.copy(learn.dls), copy.deepcopy(learn.model)
-    learn.dls.judged_by, learn.model.look_again_below = "test", .123
+def test_test_pictures_choose_nothing():
+    dls = FocusDataLoaders.from_toy(4, 4, n_classes=3, bs=5, split="test")
+    learn = focus_learner(dls, "toy_resnet", pretrained=False)
+    learn.model.look_again_below = .123
     assert calibrate(learn).look_again is None and learn.model.look_again_below == .123
     with pytest.raises(ValueError, match="test pictures are for a finished choice"): calibrate(learn, look_again=.1)
 
@@ -70,3 +68,12 @@ def test_where_nobody_could_look_again(learn):
     paper = focus_learner(learn.dls, "toy_resnet", preset="paper", pretrained=False)
     assert calibrate(paper).look_again is None
     with pytest.raises(ValueError, match="share=2; use a number from 0 to 1"): calibrate(learn, look_again=2)
+
+
+def test_settings_without_a_preset_mean_the_methods_own_defaults():
+    from fd_focus.training.run import make_learner
+    from fd_focus.training.settings import Settings, make_settings
+    tiny = dict(arch="toy_resnet", image_size=64, n_classes=3, images_per_class=8, valid_per_class=2, bs=8)
+    paper, photos = make_learner(Settings(**tiny)), make_learner(make_settings(dict(tiny, preset="photos")))
+    assert (paper.model.answer, paper.model.m, paper.loss_func.distill) == ("hybrid", 6, 0)
+    assert (photos.model.answer, photos.model.m, photos.loss_func.distill) == ("adaptive", 4, 1)

@@ -75,7 +75,8 @@ def make_learner(settings: Settings) -> FocusLearner:
     set_seed(s.seed, reproducible=True)
     dls.train.rng.seed(s.seed)
     loss = FocusLoss(head_weights=s.head_weights, label_smoothing=s.label_smoothing, distill=s.distill)
-    learn = focus_learner(dls, s.arch, s.method, s.pretrained, s.weights, s.cut, loss_func=loss, wd=s.wd, **options)
+    body = s.arch, s.method, s.pretrained, s.weights, s.cut
+    learn = focus_learner(dls, *body, preset=None, loss_func=loss, wd=s.wd, **options)     # `options` are all there is
     if s.head_weights: _check_head_weights(s.head_weights, learn.model)
     learn.unfreeze()
     return speed_up(learn, s.channels_last, s.amp, s.compile_body, s.checkpointing, s.accumulate)
