@@ -4,7 +4,8 @@
     python tests/latency.py --looks     # only what a second look costs; other rows of the file stay
 
 Run it on a quiet machine. All ways of a model take turns, call by call, so that a machine that slows down slows all
-of them down.
+of them down. After each call there is a pause: threads go on spinning for a while, which slowed down whatever came
+next, up to fivefold.
 """
 import argparse
 import copy
@@ -59,11 +60,15 @@ def way(net, runtime: str, folded: bool, last: bool, x, folder: Path):
     return lambda: pipeline(x)[0]
 
 
+PAUSE = .05     # seconds
+
+
 def take_turns(calls: dict, seconds: float) -> dict[object, list[float]]:
     "Seconds of every call, by its key: at least three times each, and until `seconds` are over."
     times, end = {key: [] for key in calls}, time.perf_counter() + seconds
     while calls and (min(map(len, times.values())) < 3 or time.perf_counter() < end):
         for key, call in calls.items():
+            time.sleep(PAUSE)
             start = time.perf_counter()
             call()
             times[key].append(time.perf_counter() - start)
