@@ -35,9 +35,6 @@ class RandomRegionsNet(FocusNet):
 # %% ../../nbs/55_controls.ipynb #55_controls_b
 class MixedRegionsNet(FocusNet):
     "A FocusNet that trains on both: half of its regions by attention, the others at random places."
-    @wraps(FocusNet.__init__)
-    def __init__(self, *args, **kwargs): super().__init__(*args, **kwargs)
-
     def attend(self,
         maps: Tensor,                  # (B,n,h,w)
         logits: Tensor,                # (B,C)
