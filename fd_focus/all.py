@@ -33,7 +33,8 @@ from .evidence.calibration import reliability_diagram
 from .evidence.look_again import LookAgain, calibrate, look_again_curve, plot_look_again
 from .evidence.controls import RandomRegionsNet
 from .evidence.pointing import cam, point_with
-from .use.model_folder import load_focus, push_to_hub, save_focus, write_card
+from .use.config import write_card
+from .use.model_folder import load_focus, push_to_hub, save_focus
 from .use.predict import FocusClassifier, FocusPipeline, Prediction, draw_prediction
 from .use.evaluate import Evaluation, evaluate, labelled_pictures
 from .use.export import check_parity, export_model

@@ -385,7 +385,7 @@ def test_the_first_look_was_unsure(folder, place, classifier):
     assert found.prediction.looked_again is True and len(found.zooms) == 4 and "Zoom 4" in text
     assert "The first look was unsure, so the model looked again, at the regions below." in text
     assert "Regions, best first: red" in text and "| second look | always |" in about(choosy(place, 2.))
-    assert "| second look | where less than 62.5 % sure |" in about(choosy(place, .625))
+    assert "| second look | where its first look is less than 62.5 % sure |" in about(choosy(place, .625))
     text, found = attempt(classifier, bird(), "x.png")                # a model that treats all pictures alike
     assert found.prediction.looked_again is None and found.looks() == "" and len(found.zooms) == 4
     assert "look" not in found.card() and "second look" not in about(classifier)

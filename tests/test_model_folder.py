@@ -17,7 +17,8 @@ from fd_focus.bodies import create_body, toy_resnet
 from fd_focus.data.loaders import FocusDataLoaders
 from fd_focus.methods import METHODS, Method, method_options, register
 from fd_focus.training.learner import focus_learner
-from fd_focus.use.model_folder import _check_arch, judges, load_focus, push_to_hub, save_focus, write_card
+from fd_focus.use.config import judges, write_card
+from fd_focus.use.model_folder import _check_arch, load_focus, push_to_hub, save_focus
 from fd_focus.use.predict import FocusPipeline
 
 
@@ -644,14 +645,14 @@ def test_a_limit_that_would_do_nothing(dls, folder, tmp_path):
 
 
 @pytest.mark.parametrize("limit, said", [
-    (.873, "It looks again where its first look is less than 87.3 % sure."),
-    (0, "It looks at every picture once."), (2., "It looks at every picture twice.")])
+    (.873, "A second look: where its first look is less than 87.3 % sure."),
+    (0, "A second look: never."), (2., "A second look: always.")])
 def test_the_card_says_when_it_looks_again(dls, tmp_path, limit, said):
     folder = save_focus(adaptive(dls, limit), tmp_path / "model")
     assert said in (folder / "README.md").read_text() and load_focus(folder).look_again_below == limit
 
 
-def test_the_card_of_others_says_nothing_of_it(folder): assert "It looks" not in (folder / "README.md").read_text()
+def test_the_card_of_others_says_nothing_of_it(folder): assert "second look" not in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize("limit", [np.float64(.625), np.float32(.625), torch.tensor(.625)], ids=["64", "32", "tensor"])

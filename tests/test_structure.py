@@ -69,7 +69,7 @@ def test_nobody_knows_a_method_by_name(path):
     own = re.compile(r"fd_focus\.(methods|focus|rivals\..*|evidence\.controls|all)")
     if own.fullmatch(dotted(path)): return
     used = {node.id for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Name)}
-    assert not used & {"FocusNet", "PlainNet", "RandomRegionsNet"}
+    assert not used & {"FocusNet", "PlainNet", "RandomRegionsNet", "MixedRegionsNet"}
 
 
 def test_public_names():

@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..data.pictures import EXTENSIONS
-from .model_folder import judges
+from .config import judges, when_again
 from ..regions import REGION_COLOURS
 from .predict import FocusClassifier, Prediction, draw_prediction, open_any
 
@@ -273,8 +273,7 @@ def about(classifier: FocusClassifier) -> str:
             "calibration": f"temperature {config['temperature']:.2f}" if "temperature" in config else "none",
             "sure from": "no limit chosen" if limit is None else percent(limit)}
     if limit is not None and limit > 1: rows["sure from"] = "never: no limit was good enough"
-    if (again := config.get("look_again_below")) is not None:
-        rows["second look"] = {0: "never", 2: "always"}.get(again, f"where less than {percent(again)} sure")
+    if (again := config.get("look_again_below")) is not None: rows["second look"] = when_again(again)
     names = ", ".join(map(_plain, classes[:200])) + (f" and {len(classes) - 200} more" if len(classes) > 200 else "")
     return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items()) + f"\n\n{names}"
 

@@ -162,7 +162,8 @@ def _leave(learn, table, summary: dict, out: Path, examples: int) -> bool:
     from fastai.torch_core import num_distrib
     from fd_focus.evidence.look_again import calibrate
     from fd_focus.training.run import write_examples, write_run
-    from fd_focus.use.model_folder import save_focus, write_card
+    from fd_focus.use.config import write_card
+    from fd_focus.use.model_folder import save_focus
     sure = {}
     if num_distrib() > 1:
         print("not calibrated: each of several processes sees a share of the validation pictures; the model has no "
@@ -180,7 +181,7 @@ def _leave(learn, table, summary: dict, out: Path, examples: int) -> bool:
 
 def _say_last(settings: Settings, summary: dict, out: Path, calibrated: bool) -> None:
     "Print how good it is, and what flatters that figure."
-    from fd_focus.use.model_folder import judges
+    from fd_focus.use.config import judges
     kept, trained, right = summary["weights_of_epoch"], summary["epochs_trained"], 100 * summary["accuracy"]
     print(f"{settings.method}: {right:.1f} % of {summary['valid_images']} {judges(summary)} pictures right, "
           f"{summary['seconds']:.0f} s, {summary['images_per_second']:.0f} images/s; report in {out}")
