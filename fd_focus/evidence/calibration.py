@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
+from ..data.names import short_names
 from ..draw import draw_regions
 from ..training.learner import FocusLearner
 
@@ -47,8 +48,6 @@ def confused_pairs(
     return table.sort_values(["count", "is", "taken_for"], ascending=[False, True, True], ignore_index=True).head(n)
 
 # %% ../../nbs/52_calibration.ipynb #52_calibration_009
-def _short(name: str) -> str: return name if len(name) <= 22 else name[:10] + "…" + name[-11:]
-
 def _draw_matrix(ax, matrix: np.ndarray, names: list[str]) -> None:
     "A confusion matrix of a few classes, with its numbers."
     ax.imshow(matrix, cmap="Blues")
@@ -56,8 +55,8 @@ def _draw_matrix(ax, matrix: np.ndarray, names: list[str]) -> None:
         ax.text(j, i, n, ha="center", va="center", color="white" if n > matrix.max() / 2 else "black", fontsize=9)
     ticks = range(len(names))
     ax.set(xticks=ticks, yticks=ticks, xlabel="taken for", ylabel="is", title="validation pictures")
-    ax.set_xticklabels(map(_short, names), rotation=40, ha="right", fontsize=8, parse_math=False)
-    ax.set_yticklabels(map(_short, names), fontsize=8, parse_math=False)
+    ax.set_xticklabels(short_names(names).values(), rotation=40, ha="right", fontsize=8, parse_math=False)
+    ax.set_yticklabels(short_names(names).values(), fontsize=8, parse_math=False)
 
 def _draw_examples(axes, learn, items: list, title: str, colour: str, k: int) -> None:
     "Pictures with their regions, where there are any, the title over the first."
@@ -84,6 +83,7 @@ def plot_confused(
     names = list(dict.fromkeys([*worst["is"], *worst.taken_for]))
     ids = [vocab.index(name) for name in names]
     fig = plt.figure(figsize=(4.2 + 3 * examples, 2.1 * max(2, len(worst))), layout="constrained")
+    short = short_names(names)
     left, right = fig.subfigures(1, 2, width_ratios=[4, 3 * examples])
     matrix = [[int(((targets == i) & (guesses == j)).sum()) for j in ids] for i in ids]
     _draw_matrix(left.subplots(), np.array(matrix), names)
@@ -93,9 +93,9 @@ def plot_confused(
         where = (targets == vocab.index(true)) & (guesses == vocab.index(guess))
         return [items[i] for i in where.nonzero()[:examples, 0].tolist()]
     for row, (true, wrong, count, of) in zip(grid, worst.itertuples(index=False)):
-        title = f"{_short(true)}\ntaken for {_short(wrong)}, {count} of {of}"
+        title = f"{short[true]}\ntaken for {short[wrong]}, {count} of {of}"
         _draw_examples(row[:examples], learn, chosen(true, wrong), title, "red", k)
-        _draw_examples(row[examples:], learn, chosen(wrong, wrong), f"{_short(wrong)}\nrecognised", "green", k)
+        _draw_examples(row[examples:], learn, chosen(wrong, wrong), f"{short[wrong]}\nrecognised", "green", k)
     return fig
 
 # %% ../../nbs/52_calibration.ipynb #80_interpret035

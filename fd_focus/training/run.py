@@ -27,6 +27,7 @@ from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.torch_core import num_distrib, rank_distrib, set_seed
 
 from ..data.loaders import FocusDataLoaders
+from ..data.names import short_names
 from ..draw import plot_focus
 from ..loss import FocusLoss
 from ..methods import METHODS, method_options
@@ -217,8 +218,6 @@ def spread(classes: list[int], k: int) -> list[int]:
 def _classes(dataset) -> list[int]: return [int(label) for label in dataset.tls[1]]
 
 # %% ../../nbs/36_run.ipynb #72_run012c
-def _short(name, most: int = 24) -> str: return (text := str(name))[:most] + ("…" if len(text) > most else "")
-
 def regions_figure(learn: FocusLearner, k: int = 12):
     """`k` validation pictures, spread over the classes, with regions and attention, titled by prediction.
     None where a method has neither."""
@@ -227,7 +226,8 @@ def regions_figure(learn: FocusLearner, k: int = 12):
     x, y = learn.dls.test_dl(chosen, with_labels=True, bs=k, num_workers=0).one_batch()
     pictures, look = learn.see(x)
     if look.boxes is None and look.attention is None: return None
-    guessed, true = ([_short(learn.dls.vocab[i]) for i in indices.tolist()] for indices in (look.answer.argmax(1), y))
+    names = list(short_names(learn.dls.vocab).values())
+    guessed, true = ([names[i] for i in indices.tolist()] for indices in (look.answer.argmax(1), y))
     titles = [g if g == t else f"{g}\n(is {t})" for g, t in zip(guessed, true)]
     return plot_focus(pictures, look, titles, ["green" if g == t else "red" for g, t in zip(guessed, true)])
 
