@@ -58,10 +58,16 @@ def work(kwargs, environment, log, shares):
     fd_focus_train(**kwargs)
 
 
+def work_twice(kwargs, environment, log, shares):
+    "Two trainings in one process, the second on the first one's group."
+    work(kwargs, environment, log, shares)
+    fd_focus_train(**kwargs | dict(out=kwargs["out"] + " again"))
+
+
 @pytest.fixture(scope="module")
 def start(processes):
     "Starts processes that train together."
-    def start(out, n=2, shares=None, **kwargs):
+    def start(out, n=2, shares=None, work=work, **kwargs):
         out.parent.mkdir(parents=True, exist_ok=True)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -189,6 +195,31 @@ def test_checkpointing_together(odd, finish, tmp_path):
 def test_batches_that_cannot_be_shared(easy, finish, tmp_path):
     statuses, said = finish(tmp_path / "run", **easy | dict(bs=9))
     assert statuses == [1, 1] and "bs=9 cannot be shared by 2 processes; use a multiple of 2, at least 4" in said
+
+
+def test_two_trainings_in_one_process(odd, finish, tmp_path):
+    statuses, said = finish(tmp_path / "run", work=work_twice, epochs=1, **odd)
+    assert statuses == [0, 0], said
+    first, second = (load_file(tmp_path / name / "model/model.safetensors") for name in ("run", "run again"))
+    assert all(first[name].equal(second[name]) for name in first)
+
+
+def test_the_group_ends_before_the_interpreter(odd, tmp_path):
+    "Its threads would outlive it otherwise, and now and then abort the process. Also after an error."
+    script = ("import atexit, sys, torch; from fd_focus.use.commands import fd_focus_train\n"
+              "atexit.register(lambda: print('group', torch.distributed.is_initialized(), flush=True))\n"    # runs last
+              "fd_focus_train(data=sys.argv[1], out=sys.argv[2], arch='toy_resnet', image_size=48, epochs=1, bs=8)\n"
+              "print('group', torch.distributed.is_initialized(), flush=True)\nraise SystemExit(3)")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    meet = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1")
+    command = [sys.executable, "-W", "ignore", "-c", script, odd["data"], tmp_path / "run"]
+    group = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                              env=os.environ | meet | dict(RANK=str(rank), LOCAL_RANK=str(rank))) for rank in (0, 1)]
+    said = [process.communicate() for process in group]
+    assert [process.returncode for process in group] == [3, 3], said
+    assert said[0][0].splitlines()[-2:] == ["group True", "group False"], said
 
 
 def test_torchrun(odd, tmp_path):

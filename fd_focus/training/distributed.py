@@ -6,6 +6,7 @@
 __all__ = ['SharedDL', 'CountShares', 'may_leave_out', 'sharing']
 
 # %% ../../nbs/33_distributed.ipynb #71_distributed003
+import atexit
 import copy
 import math
 from contextlib import contextmanager
@@ -100,12 +101,18 @@ def may_leave_out(learn: Learner) -> bool:
     except Exception: return True        # of a method of one's own, which reads values, say
     return any(p.grad is None for p in net.parameters() if p.requires_grad)
 
+# %% ../../nbs/33_distributed.ipynb #33_distributed_005
+def _end_group() -> None:
+    "No process is in a group any more."
+    if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
+
 # %% ../../nbs/33_distributed.ipynb #71_distributed012
 @contextmanager
 def sharing(learn: Learner):
     "Within it, `fit` is one of the processes that torchrun or accelerate has started; `dls.bs` is a process's batch."
     cpu = torch.device(learn.dls.device or "cpu").type == "cpu"
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=may_leave_out(learn))]
+    if not torch.distributed.is_initialized(): atexit.register(_end_group)
     with learn.distrib_ctx(sync_bn=not cpu, kwargs_handlers=handlers, **(dict(cpu=True) if cpu else {})):
         if rank_distrib(): set_seed((torch.initial_seed() + rank_distrib()) % 2**32)
         alone = list(learn.dls.loaders)
