@@ -46,12 +46,16 @@ def draw_regions(
     title: str | None = None,
     k: int = 4,               # how many to draw; those after the fourth are thin and white
 ):                            # the axis
-    "Draw a picture with its best regions in red, green, blue, yellow (Fig. 2)."
+    "Draw a picture with its best regions in red, green, blue, yellow (Fig. 2), numbered, with a dark edge around."
     from matplotlib.patches import Rectangle
+    from matplotlib.patheffects import withStroke
     draw_image(ax, image, title)
-    styles = [(colour, 2.) for colour in REGION_COLOURS] + [("white", .8)] * max(0, k - 4)
-    for (x0, y0, x1, y1), (colour, width) in reversed(list(zip(boxes[:k].tolist(), styles))):    # the best lies on top
-        ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec=colour, lw=width))
+    styles = [(colour, 2., str(i)) for i, colour in enumerate(REGION_COLOURS, 1)] + [("white", .8, "")] * max(0, k - 4)
+    for (x0, y0, x1, y1), (colour, width, number) in reversed(list(zip(boxes[:k].tolist(), styles))):   # the best on top
+        edge = [withStroke(linewidth=width + 1.5, foreground="black")]
+        ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec=colour, lw=width, path_effects=edge))
+        ax.annotate(number, (x0, y0), (3, -3), textcoords="offset points", va="top", color="white", fontsize=8,
+                    fontweight="bold", path_effects=edge, annotation_clip=True)
     return ax
 
 # %% ../nbs/12_regions.ipynb #20_regions014
