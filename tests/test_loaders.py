@@ -316,3 +316,11 @@ def test_a_second_epoch_reads_what_was_kept(tmp_path, monkeypatch):
     again = dls.valid.one_batch()[0]
     assert opened and all(".kept" in file for file in opened)
     assert (once - again).abs().mean() < 1.5 / 255
+
+
+def test_pictures_put_aside_are_seen_by_nobody(folder):
+    alone, dls = loaders(folder), loaders(folder, test_pct=.25)
+    seen = {str(item) for dataset in (dls.train_ds, dls.valid_ds) for item in dataset.items}
+    assert len(dls.aside) and not seen & set(dls.aside.file) and set(dls.aside.label) == set(dls.vocab)
+    assert seen | set(dls.aside.file) == {str(item) for ds in (alone.train_ds, alone.valid_ds) for item in ds.items}
+    assert not len(alone.aside)

@@ -63,6 +63,8 @@ def test_names_are_said_once():
     (dict(m=2.5), "m: 2.5 is no int or nothing"),
     (dict(options=dict(m=3)), "options: m is a setting of its own"),
     (dict(options="m=3"), "options: 'm=3' is no dict"),
+    (dict(test_pct=1.), "test_pct=1.0; use a share between 0 and 1"),
+    (dict(valid_pct=0), "valid_pct=0.0; use a share between 0 and 1"),
     (dict(epochs=True), "epochs: True is no int"),
     (dict(epochs=None), "None is no int")])
 def test_bad_values(bad, message):

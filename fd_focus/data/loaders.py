@@ -30,7 +30,7 @@ from .items import (BalancedDL, FitResize, ItemReader, LabelReader, SeededDL, To
                                  paper_transforms, target_side)
 from .pictures import (DataWarning, ReducedPictures, check_images, duplicate_images, open_image,
                                     upright_size)
-from .tables import check_apart, check_table, csv_table, folder_table, sound_table
+from .tables import check_apart, check_table, csv_table, folder_table, put_aside, sound_table
 from .truth import draw_truth, from_points, place_points, send_points, to_points
 from ..toy import ToyItem, ToyLabeller, toy_items
 
@@ -174,11 +174,15 @@ def from_folder(cls: FocusDataLoaders,
     path: str | Path,                # class folders; or train/ and valid/ or test/; or a split.csv
     valid_pct: float | None = None,  # see `folder_table`
     seed: int = 0,                   # of that share
+    test_pct: float | None = None,   # this share is kept in `.aside` for a last judgement, see `put_aside`
     **kwargs,
 ) -> FocusDataLoaders:
     "DataLoaders of a folder (see `folder_table` for layouts, `from_table` for the other arguments)."
     if cache := kwargs.get("cache"): check_apart(cache, path, "cache")
-    return cls.from_table(folder_table(path, valid_pct, seed), path, **kwargs)
+    table, aside = put_aside(folder_table(path, valid_pct, seed), test_pct, seed)
+    dls = cls.from_table(table, path, **kwargs)
+    dls.aside = aside
+    return dls
 
 # %% ../../nbs/25_loaders.ipynb #60_data054
 @patch

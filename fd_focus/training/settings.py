@@ -42,6 +42,7 @@ class DataSettings:
     data: str = setting("toy", "'toy', or a folder: class folders, train/ and valid/, or split.csv (file,label,split)")
     input_size: int | None = setting(None, "cut regions from pictures of this side, pixels; not given: image_size")
     valid_pct: float | None = setting(None, "folder: judge by this share of the training pictures, not by its split")
+    test_pct: float | None = setting(None, "folder: keep this share of the pictures aside, and judge by them at the end")
     on_bad_image: Literal["error", "skip"] = setting("error", "folder: stop at an unreadable picture, or skip it")
     on_duplicate: Literal["warn", "drop"] = setting("warn", "folder: warn of pictures found twice, or drop them")
     balance: bool = setting(False, "folder: draw every class equally often in training")
@@ -55,7 +56,7 @@ class DataSettings:
     clutter: float = setting(.5, "toy: things in the background")
 
 TOY_SETTINGS = ("split", "n_classes", "images_per_class", "valid_per_class", "mark_size", "clutter")
-FOLDER_SETTINGS = ("valid_pct", "on_bad_image", "on_duplicate", "balance", "cache", "crop_scale")
+FOLDER_SETTINGS = ("valid_pct", "test_pct", "on_bad_image", "on_duplicate", "balance", "cache", "crop_scale")
 
 # %% ../../nbs/35_settings.ipynb #35_settings_073
 @dataclass(frozen=True)
@@ -155,7 +156,10 @@ def _check_together(s) -> None:
     wrong = [name for name in others if getattr(s, name) != DataSettings.__dataclass_fields__[name].default]
     twice = sorted(set(s.options or ()) & set(s.__dataclass_fields__))
     not_modern = s.recipe != "modern" and (s.ema or s.mixup)
+    shares = {name: getattr(s, name) for name in ("valid_pct", "test_pct")}
+    shares = [f"{name}={share}" for name, share in shares.items() if share is not None and not 0 < share < 1]
     for bad, message in (
+        (shares, f"{', '.join(shares)}; use a share between 0 and 1"),
         (s.epochs < 1, f"epochs={s.epochs}; train for at least 1"),
         (s.bs < 2, f"bs={s.bs}; batch norm needs at least 2"),
         (s.lr is not None and not s.lr > 0, f"lr={s.lr}; use a learning rate above 0"),
@@ -243,11 +247,10 @@ def write_settings(
     folder: str | Path,
 ) -> Path:             # the file
     "Write settings.yaml into `folder`, as a whole or not at all; `read_settings` reads it."
+    from fd_focus.training.checkpoint import put       # which imports torch; settings do without
     file, values = Path(folder) / "settings.yaml", asdict(settings) if is_dataclass(settings) else settings
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(".settings.part.yaml")
-    part.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-    return part.replace(file)
+    return put(file, lambda part: part.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8"))
 
 # %% ../../nbs/35_settings.ipynb #35_settings_103
 def expand(
