@@ -51,7 +51,7 @@ def draw_regions(
     from matplotlib.patheffects import withStroke
     draw_image(ax, image, title)
     styles = [(colour, 2., str(i)) for i, colour in enumerate(REGION_COLOURS, 1)] + [("white", .8, "")] * max(0, k - 4)
-    for (x0, y0, x1, y1), (colour, width, number) in reversed(list(zip(boxes[:k].tolist(), styles))):   # the best on top
+    for (x0, y0, x1, y1), (colour, width, number) in reversed(list(zip(boxes[:k].tolist(), styles))):  # the best on top
         edge = [withStroke(linewidth=width + 1.5, foreground="black")]
         ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec=colour, lw=width, path_effects=edge))
         ax.annotate(number, (x0, y0), (3, -3), textcoords="offset points", va="top", color="white", fontsize=8,
