@@ -42,7 +42,7 @@ class DataSettings:
     data: str = setting("toy", "'toy', or a folder: class folders, train/ and valid/, or split.csv (file,label,split)")
     input_size: int | None = setting(None, "cut regions from pictures of this side, pixels; not given: image_size")
     valid_pct: float | None = setting(None, "folder: judge by this share of the training pictures, not by its split")
-    test_pct: float | None = setting(None, "folder: keep this share of the pictures aside, and judge by them at the end")
+    test_pct: float | None = setting(None, "folder: put this share of the pictures aside, to judge by at the end")
     on_bad_image: Literal["error", "skip"] = setting("error", "folder: stop at an unreadable picture, or skip it")
     on_duplicate: Literal["warn", "drop"] = setting("warn", "folder: warn of pictures found twice, or drop them")
     balance: bool = setting(False, "folder: draw every class equally often in training")
