@@ -7,6 +7,7 @@ __all__ = ['IMAGENET_STATS', 'feature_shape', 'toy_resnet', 'cut_layers', 'is_ow
            'load_body_weights', 'BodySource', 'create_body']
 
 # %% ../nbs/14_bodies.ipynb #14_bodies_003
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,16 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
+# %% ../nbs/14_bodies.ipynb #14_bodies_060
+def _maps(body: nn.Module, size: tuple[int, int]):
+    "What a body makes of one black image: without memory where that can be done."
+    parameter = next(body.parameters(), torch.zeros(()))
+    black = torch.zeros(1, 3, *size, device="meta", dtype=parameter.dtype)
+    shapes = {id(tensor): nn.Parameter(tensor.to("meta"), False) for tensor in body.parameters()}
+    shapes |= {id(tensor): tensor.to("meta") for tensor in body.buffers()}
+    try: return copy.deepcopy(body, shapes)(black)
+    except Exception: return body(torch.zeros_like(black, device=parameter.device))
+
 # %% ../nbs/14_bodies.ipynb #14_bodies_006
 @torch.no_grad()
 def feature_shape(
@@ -24,8 +35,7 @@ def feature_shape(
 ) -> tuple[int, int, int]:        # n, h, w
     "Shape of a body's feature maps, by a dry run in eval mode. Raises ValueError if it gives none."
     modes = [(module, module.training) for module in body.modules()]
-    parameter = next(body.parameters(), torch.zeros(()))
-    try: maps = body.eval()(torch.zeros(1, 3, *size, device=parameter.device, dtype=parameter.dtype))
+    try: maps = _maps(body.eval(), size)
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:    # bodies say it in many ways
         raise ValueError(f"the body cannot take an image of {size[0]}x{size[1]} pixels; use a larger image_size or the "
                          "one it was made for, or another architecture: a body is layers in a row "

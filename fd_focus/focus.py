@@ -7,6 +7,7 @@ __all__ = ['ANSWERS', 'FocusNet', 'PassTarget']
 
 # %% ../nbs/16_focus.ipynb #16_focus_003
 import copy
+import math
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +18,21 @@ from torch import Tensor, nn
 
 from .attention import attention_map
 from .bodies import feature_shape
-from .methods import Look, Method, mean_of_heads
+from .methods import MAX_PIXELS, Look, Method, mean_of_heads
 from .regions import _pair, propose_from_table, region_grid, suppression_table
 from .zoom import zoom
 
 # %% ../nbs/16_focus.ipynb #16_focus_008
 ANSWERS = ("hybrid", "ensemble", "image", "adaptive")
+
+def _check_cost(cells: int, l: int, zoom_size: tuple[int, int]):
+    "ValueError for sizes that take gigabytes: the table of which region suppresses which has cells x cells places."
+    if cells > 3600:
+        raise ValueError(f"the body's map has {cells} cells, and 3600 is the most; use a smaller image_size, or a body "
+                         "that ends later")
+    if l * math.prod(zoom_size) > 2 * MAX_PIXELS:
+        raise ValueError(f"l={l} regions of zoom_size={zoom_size} have more than {2 * MAX_PIXELS / 1e6:.0f} million "
+                         "pixels; use a smaller zoom_size or l")
 
 def _one_of(name, value, choices):
     if value not in choices: raise ValueError(f"{name}={value!r} is none of {choices}")
@@ -64,6 +74,7 @@ class FocusNet(Method):
         self.answer, self.look_again_below = _one_of("answer", answer, ANSWERS), look_again_below
         self.region_size = _share_of(self.image_size, 5 / 14, 2) if region_size is None else _pair(region_size)
         self.zoom_size = _share_of(self.image_size, 1 / 2) if zoom_size is None else _pair(zoom_size)
+        _check_cost(cells, l, self.zoom_size)
         grid = region_grid(self.image_size, self.map_size, self.region_size)    # raises where regions are too large
         feature_shape(body, self.zoom_size)                                     # raises where crops are too small
         # The same parameters, with batch-norm statistics of its own.

@@ -2,23 +2,29 @@
 import io
 import json
 import pickle
+import re
 import shutil
+import struct
 import types
+from fnmatch import fnmatch
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+import yaml
 from conftest import shaken
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fd_focus.bodies import create_body, toy_resnet
+from fd_focus.bodies import create_body, feature_shape, toy_resnet
 from fd_focus.data.loaders import FocusDataLoaders
 from fd_focus.methods import METHODS, Method, method_options, register
 from fd_focus.training.learner import focus_learner
-from fd_focus.use.config import judges, write_card
-from fd_focus.use.model_folder import _check_arch, load_focus, push_to_hub, save_focus
+from fd_focus.use.config import check_config, judges, write_card
+from fd_focus.use.model_folder import _at_most, _check_arch, _sketch, load_focus, push_to_hub, save_focus
 from fd_focus.use.predict import FocusPipeline
 
 
@@ -292,7 +298,7 @@ def test_folder_with_the_least(folder):
                 dict(metrics=dict(accuracy=value)),
                 "metrics is .'accuracy': .*, but should be a table, its accuracy a number or null",
             )
-            for value in ("0.9", [0.9], True, float("nan"))
+            for value in ("0.9", [0.9], True)
         ),
         (dict(method="plain", options=[]), "options is .., but should be a table"),
         (dict(method="plain"), "uses .*region_size.*, which this version does not know"),
@@ -318,6 +324,153 @@ def test_foreign_values(folder, values, message):
     change(folder, **values)
     with pytest.raises(ValueError, match=message) as caught: load_focus(folder)
     assert str(folder) in str(caught.value)
+
+
+# What a config of a few bytes could do
+
+@pytest.mark.parametrize("values, message", [
+    (dict(image_size=8192), "image_size is 8192, but should be .* at most 4 million in all"),
+    (dict(image_size=[8192, 8192]), "image_size is .8192, 8192., but should be"),
+    (dict(input_size=[8192, 8192]), "input_size is .8192, 8192., but should be .* at most 17 million in all"),
+    (dict(resize=8192), "resize is 8192, but"),
+    (dict(image_size=[2048, 2048], options=dict(image_size=[2048, 2048])), "the body's map has 16384 cells, and 3600"),
+    (dict(options=dict(zoom_size=[2048, 2048])), "l=4 regions of zoom_size=.2048, 2048. have more than 8 million"),
+    (dict(options=dict(zoom_size=8192)), "zoom_size is 8192, but should be"),
+    (dict(options=dict(m=10**9, l=10**9)), "m=1000000000 regions, but"),
+    (dict(arch_kwargs=dict(widths=[10**9] * 3)), "arch_kwargs is"),
+    (dict(arch_kwargs=dict(widths=[8] * 10**5)), "arch_kwargs is"),
+    (dict(arch_kwargs=dict(widths=[8192, 8192, 8192])), "asks for a network far larger than its weights"),
+    (dict(classes=[str(i) for i in range(10**5)]), "tells 3 classes apart, but config.json names 100000"),
+], ids=str)
+def test_a_config_takes_no_memory(folder, values, message, monkeypatch):
+    "Refused before anything is allocated for it: weights are not read, and no tensor of 100 MB is made."
+    change(folder, **values)
+    def refuse(*args): raise AssertionError("the weights were read")
+    monkeypatch.setattr("fd_focus.use.model_folder.load_file", refuse)
+    made, empty = [], torch.empty
+    def watched(*args, **kwargs):
+        if (tensor := empty(*args, **kwargs)).device.type != "meta": made.append(tensor.numel())
+        return tensor
+    monkeypatch.setattr(torch, "empty", watched)
+    with pytest.raises(ValueError, match=message) as caught: load_focus(folder)
+    assert str(folder) in str(caught.value) and max(made, default=0) < 25_000_000
+
+
+def header(file, table):
+    text = json.dumps(table).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text)
+    return 8 + len(text)
+
+
+def test_a_header_that_claims_gigabytes(folder, monkeypatch):
+    weights = folder / "model.safetensors"
+    size = 4 * 10**8 * 20
+    table = {"image_head.weight": dict(dtype="F32", shape=[10**8, 20], data_offsets=[0, size])}
+    start = header(weights, table)
+    with pytest.raises(ValueError, match="model.safetensors is damaged, cut short"): load_focus(folder)
+    with open(weights, "rb+") as stream: stream.truncate(start + size)          # a file of holes
+    def refuse(*args): raise AssertionError("the weights were read")
+    monkeypatch.setattr("fd_focus.use.model_folder.load_file", refuse)
+    monkeypatch.setattr("fd_focus.use.model_folder._sha256", refuse)
+    with pytest.raises(ValueError, match="model.safetensors does not fit its config.json: no "): load_focus(folder)
+    header(weights, {"x": dict(dtype="F32", shape=[2**62, 2**62], data_offsets=[0, 4])})
+    with pytest.raises(ValueError, match="model.safetensors is damaged"): load_focus(folder)
+
+
+def test_a_large_text_is_no_config(folder):
+    with open(folder / "config.json", "ab") as stream: stream.truncate(2**34)
+    with pytest.raises(ValueError, match="config.json has 17180 MB, but such a file has 16 MB"): load_focus(folder)
+
+
+def test_a_network_is_sketched_without_memory(dls, saved):
+    config = json.loads((saved / "config.json").read_text())
+    sketch = _sketch(config, None, 1_000_000)
+    assert {t.device.type for t in [*sketch.parameters(), *sketch.buffers()]} == {"meta"} and sketch.map_size == (4, 4)
+    with _at_most(1000): pass
+    nn.Linear(100, 100)                                      # the limit has gone with its block
+    with pytest.raises(ValueError, match="far larger than its weights"), _at_most(1000): nn.Linear(100, 100)
+
+
+@pytest.mark.parametrize("arch", ["regnet_y_400mf", "swin_t", "googlenet"])
+def test_architectures_that_need_numbers_load_too(dls, tmp_path, arch):
+    learn, x = learner(dls, arch=arch, method="plain"), torch.rand(2, 3, 64, 64)
+    net = load_focus(save_focus(learn, tmp_path / "model"))
+    with torch.no_grad(): assert torch.equal(net(x), learn.model.eval()(x))
+
+
+class Spy(nn.Module):
+    "Notes on which device it was asked; with a tensor of its own it works on that device alone."
+    seen = []
+    def __init__(self, own=False):
+        super().__init__()
+        self.conv, self.own = nn.Conv2d(3, 8, 8, 8), torch.ones(1) if own else 1.
+        self.same = self.conv
+    def forward(self, x):
+        self.seen.append(x.device.type)
+        return self.conv(x) * self.own
+
+
+def test_a_dry_run_takes_no_memory(monkeypatch):
+    monkeypatch.setattr(Spy, "seen", [])
+    body = Spy()
+    assert feature_shape(body, (8192, 8192)) == (8, 1024, 1024) and body.seen == ["meta"]
+    assert feature_shape(body.half(), (64, 32)) == (8, 8, 4) and body.conv.weight.device.type == "cpu"
+    body.seen.clear()
+    assert feature_shape(Spy(own=True), (64, 32)) == (8, 8, 4) and body.seen == ["meta", "cpu"]
+
+
+# Numbers that are none
+
+@pytest.mark.parametrize("text", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
+@pytest.mark.parametrize("field", ["temperature", "a field of your own"])
+def test_numbers_that_json_does_not_have(folder, text, field):
+    written = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(written.replace("{", f'{{"{field}": {text}, ', 1))
+    with pytest.raises(ValueError, match=f"config.json is not JSON: {text} is no number"): load_focus(folder)
+
+
+@pytest.mark.parametrize("values, message", [
+    (dict(temperature=1e-300), "temperature is 1e-300, but should be a number above 0: 0.001 to 1000"),
+    (dict(temperature=-1), "temperature is -1"), (dict(temperature=1e300), "temperature is"),
+    (dict(std=[1e-300, 1, 1]), "std is"), (dict(std=[-1, 1, 1]), "std is"), (dict(mean=[1e300, 0, 0]), "mean is"),
+    (dict(temperature=float("nan")), "temperature is nan"), (dict(mean=[float("inf"), 0, 0]), "mean is"),
+    (dict(std=[float("nan")] * 3), "std is"), (dict(threshold=float("nan")), "threshold is nan"),
+    (dict(metrics=dict(accuracy=float("nan"))), "metrics is .'accuracy': nan"),
+    (dict(look_again_below=float("nan")), "look_again_below is nan"),
+], ids=str)
+def test_numbers_that_give_no_answer(saved, values, message):
+    config = json.loads((saved / "config.json").read_text()) | values
+    with pytest.raises(ValueError, match=f"config.json: {message}"): check_config(config, "config.json")
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda t: t["body.conv1.weight"].view(-1).__setitem__(5, torch.nan), "has NaN or infinity in body.conv1.weight"),
+    (lambda t: t["image_head.bias"].fill_(-torch.inf), "has NaN or infinity in image_head.bias"),
+    (lambda t: t.update({"image_head.bias": torch.tensor([1e300] * 3, dtype=torch.float64)}),
+     "has NaN or infinity in image_head.bias"),
+    (lambda t: t["body.bn1.running_var"].fill_(-1), "has a negative variance in body.bn1.running_var"),
+])
+def test_weights_that_give_no_answer(folder, spoil, message):
+    state = load_file(folder / "model.safetensors")
+    spoil(state)
+    save_file(state, folder / "model.safetensors")
+    change(folder, drop=["sha256"])
+    with pytest.raises(ValueError, match=f"{re.escape(str(folder))}/model.safetensors {message}"): load_focus(folder)
+
+
+def test_a_diverged_network_is_not_saved(dls, folder):
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    learn = learner(dls)
+    with torch.no_grad(): learn.model.image_head.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="has NaN or infinity in image_head.weight"): save_focus(learn, folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_a_mark_before_the_text(folder):
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text, encoding="utf-8-sig")
+    assert load_focus(folder).l == 4
+    write_card(folder)
 
 
 @pytest.mark.parametrize("threshold", [0, .5, 1, 1., 2, 2.])
@@ -542,6 +695,32 @@ def test_card(dls, tmp_path):
     exec(code.replace("this/folder", str(folder)).replace("photograph.jpg", str(tmp_path / "photograph.jpg")), {})
 
 
+def test_a_card_says_what_it_was_given(folder):
+    "Names with a meaning to Markdown, HTML, YAML or a terminal change nothing but themselves."
+    evil = "a|b\n## Mine\n---\n`x` <script>alert(1)</script> ![i](https://e.example/i) \x1b[31m \u202e www.e.example"
+    settings = {evil: evil, "data": "www.e.example", "note": "x_y_", "lr": .001, "arch": "tf_efficientnet.in1k"}
+    change(folder, classes=["crow\n```\n# Not a heading", evil, "wren"], settings=settings, arch=evil, method=evil,
+           versions=dict(fd_focus=evil))
+    card = write_card(folder).read_text()
+    front, body = card.removeprefix("---\n").split("\n---\n", 1)
+    assert yaml.safe_load(front) == dict(library_name="fd_focus", pipeline_tag="image-classification",
+                                         tags=["fine-grained-classification"])
+    assert not re.search("[\x1b\u202e]", card)
+    outside = re.sub(r"```.*?```", "", body, flags=re.S)                       # as a reader of Markdown sees it
+    assert outside.count("\n#") == 3 and "\n---" not in outside                # Use it, Classes, Recipe
+    plain = re.sub(r"`[^`\n]*`", "", outside)
+    assert not re.search(r"<|!\[|e\.example|Mine", plain)
+    rows = [row for row in outside.splitlines() if row.startswith("| ")]
+    assert all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows) and len(rows) == 1 + len(settings)
+    assert "| lr | 0.001 |" in card and "| arch | tf_efficientnet.in1k |" in card and "| note | `x_y_` |" in card
+    assert "| data | `www.e.example` |" in card
+
+
+def test_a_card_needs_no_versions_and_takes_every_name(folder):
+    change(folder, drop=["versions"], classes=["\udcff", "b", "c"])
+    assert "# toy_resnet, 3 classes" in write_card(folder).read_text()
+
+
 def test_a_card_shows_no_picture_of_an_earlier_model(dls, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "regions.png")
     folder = save_focus(learner(dls), tmp_path / "model", picture=tmp_path / "regions.png")
@@ -587,17 +766,56 @@ def test_hub(folder, tmp_path, monkeypatch):
         with pytest.raises(FileNotFoundError, match="no model folder"): load_focus(name)
     assert not asked
     assert push_to_hub(folder, "somebody/birds", commit_message="first") == "https://hub/somebody/birds"
-    assert sent[0][1]["private"] is True and sent[1]["allow_patterns"] == [
-        "config.json",
-        "model.safetensors",
-        "README.md",
-        "regions.png",
-    ]
+    assert sent[0][1]["private"] is True and sent[1]["commit_message"] == "first"
+    assert sent[1]["allow_patterns"] == ["config.json", "model.safetensors", "README.md"]
     (folder / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="damaged"): push_to_hub(folder, "somebody/birds")
     assert len(sent) == 2
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     with pytest.raises(FileNotFoundError, match="pip install huggingface_hub"): load_focus("somebody/birds")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    "What a hub would receive: name -> bytes."
+    module, received = types.ModuleType("huggingface_hub"), {}
+    module.create_repo = lambda repo_id, **kwargs: f"https://hub/{repo_id}"
+    def upload_folder(folder_path, allow_patterns, **kwargs):
+        received.clear()
+        received.update({file.name: file.read_bytes() for file in sorted(Path(folder_path).iterdir())
+                         if any(fnmatch(file.name, pattern) for pattern in allow_patterns)})
+    module.upload_folder = upload_folder
+    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", module)
+    return received
+
+
+def test_photographs_are_published_only_where_asked_for(folder, tmp_path, hub):
+    Image.new("RGB", (8, 8)).save(tmp_path / "drawn.png", exif=b"Exif\0\0secret place")
+    write_card(folder, tmp_path / "drawn.png")
+    (folder / "examples").mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "examples/a.jpg")
+    (folder / "notes.txt").write_text("mine")
+    with pytest.warns(UserWarning, match="regions.png shows photographs of the validation set, so it stays here"):
+        push_to_hub(folder, "somebody/birds")
+    assert set(hub) == {"README.md", "config.json", "model.safetensors"} and b"regions.png" not in hub["README.md"]
+    push_to_hub(folder, "somebody/birds", pictures=True)
+    assert set(hub) == {"README.md", "config.json", "model.safetensors", "regions.png"}
+    assert b"](regions.png)" in hub["README.md"] and b"secret place" not in hub["regions.png"]
+    (folder / "regions.png").write_text("no picture")
+    with pytest.raises(ValueError, match="regions.png cannot be read as a picture"):
+        push_to_hub(folder, "somebody/birds", pictures=True)
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json", "model.safetensors", "regions.png"])
+def test_a_link_is_not_published(folder, tmp_path, hub, name):
+    Image.new("RGB", (8, 8)).save(folder / "regions.png")
+    (folder / name).rename(tmp_path / "secret")
+    (folder / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match=f"{name} is no file of this folder, but a link to .*secret"):
+        push_to_hub(folder, "somebody/birds", pictures=True)
+    assert not hub
+    if name == "README.md": return
+    assert load_focus(folder).l == 4                        # the hub's own cache is made of links
 
 
 def adaptive(dls, limit, **kwargs): return learner(dls, m=4, l=2, answer="adaptive", look_again_below=limit, **kwargs)
@@ -628,7 +846,7 @@ def test_an_old_folder_has_the_limit_among_its_options(dls, tmp_path):
         load_focus(folder)
 
 
-@pytest.mark.parametrize("limit", [-.1, float("nan"), float("inf"), "0.9", True, None, [.9]], ids=str)
+@pytest.mark.parametrize("limit", [-.1, "0.9", True, None, [.9]], ids=str)
 def test_a_limit_that_is_none(dls, tmp_path, limit):
     folder = save_focus(adaptive(dls, .9), tmp_path / "model")
     change(folder, look_again_below=limit)

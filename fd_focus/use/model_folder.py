@@ -8,25 +8,33 @@ __all__ = ['preparation', 'save_focus', 'load_focus', 'push_to_hub']
 # %% ../../nbs/60_model_folder.ipynb #90_export003
 import hashlib
 import json
+import math
 import re
+import shutil
+import threading
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import IntToFloatTensor, Normalize
 from fastai.vision.augment import AffineCoordTfm, RandomCrop, Resize, ResizeMethod
 from fastai.vision.core import ToTensor
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
 
 from ..bodies import build_model, create_body, cut_layers
+from ..data.pictures import open_image
 from ..methods import METHODS, Method, bare, build_method, method_name
 from ..training.checkpoint import put
 from ..training.learner import FocusLearner
 from ..training.run import versions
-from .config import _NO_ARGUMENTS, _check_options, _share, check_config, write_card
+from .config import (
+    _FIGURE, _NO_ARGUMENTS, _check_options, _share, check_config, read_json, write_card)
 
 # %% ../../nbs/60_model_folder.ipynb #90_export011
 def preparation(
@@ -117,36 +125,54 @@ def _weights(net: nn.Module) -> dict[str, Tensor]:
         seen.add(id(tensor))
     return kept
 
-# %% ../../nbs/60_model_folder.ipynb #60_model_folder_032
-def _fill(net: Method, state: dict[str, Tensor]) -> None:
-    "Put weights into a network. ValueError says what does not fit."
+# %% ../../nbs/60_model_folder.ipynb #60_model_folder_050
+def _check_fit(net: Method, shapes: dict[str, tuple]) -> None:
+    "ValueError says which tensors do not fit a network: missing, unknown, or of another shape."
     own = _tensors(net)
-    filled = {id(own[name]) for name in state if name in own}
+    filled = {id(own[name]) for name in shapes if name in own}
     wrong = [f"no {name}" for name, tensor in own.items() if id(tensor) not in filled]
-    wrong += [f"{name} is unknown" for name in state if name not in own]
-    for name in [name for name in state if name in own and state[name].shape != own[name].shape]:
-        there, here = tuple(state[name].shape), tuple(own[name].shape)
+    wrong += [f"{name} is unknown" for name in shapes if name not in own]
+    for name in [name for name in shapes if name in own and shapes[name] != tuple(own[name].shape)]:
+        there, here = shapes[name], tuple(own[name].shape)
         if here and there[1:] == here[1:] and here[0] == net.n_classes:
             raise ValueError(f"tells {there[0]} classes apart, but config.json names {net.n_classes}")
         wrong.append(f"{name} is {there} instead of {here}")
     if wrong:
         raise ValueError(f"does not fit its config.json: {', '.join(wrong[:8])}{' ...' if len(wrong) > 8 else ''}")
+
+# %% ../../nbs/60_model_folder.ipynb #60_model_folder_032
+def _check_numbers(tensors: dict[str, Tensor]) -> None:
+    "ValueError names a tensor that no answer can be computed with."
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all(): raise ValueError(f"has NaN or infinity in {name}")
+        if name.endswith("running_var") and (tensor < 0).any(): raise ValueError(f"has a negative variance in {name}")
+
+def _fill(net: Method, state: dict[str, Tensor]) -> None:
+    "Put weights into a network that they fit. ValueError for those that are no numbers."
+    own = _tensors(net)
     with torch.no_grad():
         for name, tensor in state.items(): own[name].copy_(tensor)
+    _check_numbers(own)
+
+# %% ../../nbs/60_model_folder.ipynb #60_model_folder_053
+def _read_shapes(weights: Path) -> dict[str, tuple]:
+    "Name -> shape, of the tensors in a safetensors file. ValueError if it is damaged."
+    try:
+        with safe_open(weights, "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{weights} is damaged, cut short, or no safetensors file: {error}") from None
 
 # %% ../../nbs/60_model_folder.ipynb #90_export005f
 def _sha256(file: Path) -> str:
     with open(file, "rb") as stream: return hashlib.file_digest(stream, "sha256").hexdigest()
 
 def _read_weights(weights: Path, config: dict) -> dict[str, Tensor]:
-    "The tensors of a safetensors file. ValueError if it is damaged, or not the one the config was written with."
-    try: state = load_file(weights)
-    except SafetensorError as error:
-        raise ValueError(f"{weights} is damaged, cut short, or no safetensors file: {error}") from None
+    "The tensors of a safetensors file. ValueError if it is not the one the config was written with."
     if config.get("sha256") not in (None, _sha256(weights)):
         raise ValueError(f"{weights} is not the file that config.json was written with (its sha256 differs): copy the "
                          "folder again, or remove sha256 from config.json if you changed the weights")
-    return state
+    return load_file(weights)
 
 # %% ../../nbs/60_model_folder.ipynb #60_model_folder_008
 def _chooses(net: Method) -> bool:
@@ -187,8 +213,9 @@ def save_focus(
         config["options"].pop("look_again_below", None)
     check_config(config, folder / "config.json")
     _check_options(type(net), config["options"])
+    _check_numbers(weights := _weights(net))
     folder.mkdir(parents=True, exist_ok=True)
-    put(folder / "model.safetensors", lambda p: save_file(_weights(net), p))
+    put(folder / "model.safetensors", lambda p: save_file(weights, p))
     config["sha256"] = _sha256(folder / "model.safetensors")
     put(folder / "config.json", lambda p: p.write_text(json.dumps(config, indent=1), encoding="utf-8"))
     if picture is None: (folder / "regions.png").unlink(missing_ok=True)
@@ -220,22 +247,53 @@ def _method(config: dict) -> type[Method]:
     raise ValueError(f"its method {name!r} is none of {', '.join(METHODS)}: import the module that registers it, "
                      "then load again")
 
-def _build_net(config: dict, file: Path, body: nn.Module | None) -> Method:
-    "The network a config describes, with random weights. ValueError names `file`."
-    try:
-        cls, options = _method(config), config["options"]
-        _check_options(cls, options)
-        if (size := options.get("image_size", config["image_size"])) != config["image_size"]:
-            raise ValueError(f"image_size is {config['image_size']}, but {size} among the options")
-        if body is None and config.get("own_body"):
-            raise ValueError(f"{config['arch']} is a body of its author's own: load_focus(folder, body=...)")
-        made = {name: tuple(v) if isinstance(v, list) else v for name, v in config.get("arch_kwargs", {}).items()}
-        if body is None: body = create_body(config["arch"], False, cut=config.get("cut"), **made)[0]
-        options = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
-        net = build_method(cls, body, len(config["classes"]), **options)
-        _set_limit(net, config.get("look_again_below"), config["options"])
-        return net
-    except (ValueError, TypeError, RuntimeError) as error: raise ValueError(f"{file}: {error}") from error
+def _build_net(config: dict, body: nn.Module | None) -> Method:
+    "The network a config describes, with random weights. ValueError, TypeError or RuntimeError for one that is wrong."
+    cls, options = _method(config), config["options"]
+    _check_options(cls, options)
+    if (size := options.get("image_size", config["image_size"])) != config["image_size"]:
+        raise ValueError(f"image_size is {config['image_size']}, but {size} among the options")
+    if body is None and config.get("own_body"):
+        raise ValueError(f"{config['arch']} is a body of its author's own: load_focus(folder, body=...)")
+    made = {name: tuple(v) if isinstance(v, list) else v for name, v in config.get("arch_kwargs", {}).items()}
+    if body is None: body = create_body(config["arch"], False, cut=config.get("cut"), **made)[0]
+    options = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
+    net = build_method(cls, body, len(config["classes"]), **options)
+    _set_limit(net, config.get("look_again_below"), config["options"])
+    return net
+
+# %% ../../nbs/60_model_folder.ipynb #60_model_folder_055
+class _TooLarge(ValueError): "A config asks for far more than lies beside it."
+
+@contextmanager
+def _at_most(numbers: int, tensors: int = 20_000):
+    "In this thread, ends the building of modules with an error where their tensors hold more numbers in all."
+    me, seen = threading.get_ident(), [0, 0]
+    def count(module, name, tensor):
+        if threading.get_ident() != me: return
+        seen[:] = seen[0] + (0 if tensor is None else tensor.numel()), seen[1] + 1
+        if seen[0] > numbers or seen[1] > tensors: raise _TooLarge("asks for a network far larger than its weights")
+    hooks = [nn_module.register_module_parameter_registration_hook(count),
+             nn_module.register_module_buffer_registration_hook(count)]
+    try: yield
+    finally:
+        for hook in hooks: hook.remove()
+
+# %% ../../nbs/60_model_folder.ipynb #60_model_folder_059
+def _sketch(config: dict, body: nn.Module | None, numbers: int) -> Method:
+    "The network of a config, without memory for weights where it can be built so; `numbers`: those that are there."
+    with _at_most(10 * numbers + 500_000_000):             # a body may be the first layers of a larger model
+        try:
+            with torch.device("meta"): return _build_net(config, body)
+        except _TooLarge: raise
+        except Exception: return _build_net(config, body)      # RegNet needs its numbers; or it says what is wrong
+
+# %% ../../nbs/60_model_folder.ipynb #60_model_folder_057
+@contextmanager
+def _naming(what: str):
+    "Whatever goes wrong inside is a ValueError that begins with `what`."
+    try: yield
+    except Exception as error: raise ValueError(f"{what} {error or type(error).__name__}") from error
 
 # %% ../../nbs/60_model_folder.ipynb #90_export015g
 def load_focus(
@@ -248,26 +306,47 @@ def load_focus(
     file, weights = folder / "config.json", folder / "model.safetensors"
     for path in (file, weights):
         if not path.is_file(): raise FileNotFoundError(f"no {path.name} in {folder}: is it a model folder?")
-    try: config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error: raise ValueError(f"{file} is not JSON: {error}") from None
-    check_config(config, file)
+    check_config(config := read_json(file), file)
+    shapes = _read_shapes(weights)
+    with _naming(f"{file}:"): sketch = _sketch(config, body, sum(map(math.prod, shapes.values())))
+    with _naming(weights): _check_fit(sketch, shapes)      # until here no memory was taken
     state = _read_weights(weights, config)
-    net = _build_net(config, file, body)
-    try: _fill(net, state)
-    except ValueError as error: raise ValueError(f"{weights} {error}") from None
+    with _naming(f"{file}:"): net = _build_net(config, body)
+    with _naming(weights): _fill(net, state)
     net.classes, net.about, net.stats = config["classes"], config, (tuple(config["mean"]), tuple(config["std"]))
     return net.eval()
+
+# %% ../../nbs/60_model_folder.ipynb #60_model_folder_058
+def _public(folder: Path, place: Path, pictures: bool) -> None:
+    "Copy what is to be published. ValueError for a link, or a picture that is none."
+    for name in _FILES:
+        file = folder / name
+        if name == "regions.png" and not pictures or not file.exists(): continue
+        if not file.is_file() or not file.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{file} is no file of this folder, but a link to {file.resolve()}: put the file itself "
+                             "there")
+        if name == "regions.png": open_image(file).save(place / name)      # the pixels, and nothing that rides along
+        else: shutil.copyfile(file, place / name)
+    card = place / "README.md"
+    if not pictures and card.is_file(): card.write_bytes(card.read_bytes().replace(_FIGURE.encode(), b""))
 
 # %% ../../nbs/60_model_folder.ipynb #90_export024c
 def push_to_hub(
     folder: str | Path,          # a model folder
     repo_id: str,                # 'owner/name'
     private: bool = True,
+    pictures: bool = False,      # also publish regions.png, on which photographs of the validation set are seen
     **kwargs,                    # to `huggingface_hub.upload_folder`: commit_message, token, revision, ...
 ) -> str:                        # the address of the repository
-    "Upload a model folder (nothing else that lies in it) to the Hugging Face hub, after loading it as a check."
+    """Upload config, weights and card of a model folder to the Hugging Face hub, after loading it as a check; pictures
+    only where you ask for it. ValueError for a link."""
     load_focus(folder)
     from huggingface_hub import create_repo, upload_folder
-    address = create_repo(repo_id, private=private, exist_ok=True, token=kwargs.get("token"))
-    upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=_FILES, **kwargs)
+    if not pictures and (Path(folder) / "regions.png").exists():
+        warnings.warn("regions.png shows photographs of the validation set, so it stays here; pictures=True publishes "
+                      "it", stacklevel=2)
+    with TemporaryDirectory() as place:
+        _public(Path(folder), Path(place), pictures)
+        address = create_repo(repo_id, private=private, exist_ok=True, token=kwargs.get("token"))
+        upload_folder(repo_id=repo_id, folder_path=place, allow_patterns=_FILES if pictures else _FILES[:3], **kwargs)
     return str(address)
