@@ -20,6 +20,7 @@ from fd_focus.training.run import make_learner
 from fd_focus.training.settings import Settings
 from fd_focus.use import cli
 from fd_focus.use.cli import fd_focus_train
+from fd_focus.use.commands import command as command_of
 from fd_focus.use.model_folder import load_focus
 
 BIN = Path(sys.executable).parent
@@ -266,3 +267,21 @@ def test_who_looks_again_is_chosen_at_the_end(tmp_path):
     judged = command("fd_focus_train", *TINY, "--data", "toy", "--n_classes", 3, "--images_per_class", 12, "--answer",
                      "adaptive", "--split", "test", "--out", tmp_path / "judged")
     assert "test pictures judge, and choose nothing" in judged.stdout, judged.stderr
+
+
+def test_every_command_prints_every_name(monkeypatch):
+    "Also where the output is redirected, and has an encoding that lacks most characters."
+    @command_of
+    def say(word: str): print(word)
+    for encoding, written in (("ascii", b"\\u5c71\\xe9 caf\xe9\n"), ("cp1252", b"\\u5c71\xe9 caf\xe9\n")):
+        output = io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="\n")
+        monkeypatch.setattr(sys, "stdout", output)
+        say("山é caf\udce9")
+        output.flush()
+        assert output.buffer.getvalue() == written
+    assert all(hasattr(getattr(cli, name), "__wrapped__") for name in COMMANDS)      # made by `command` too
+
+
+def test_errors_of_a_command_do_not_steer_the_terminal(tmp_path):
+    said = fails("--data", tmp_path / "\x1b[2J\u202e", *TINY, "--out", tmp_path / "run")
+    assert r"\x1b[2J\u202e" in said and "\x1b" not in said and "\u202e" not in said

@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -206,3 +207,19 @@ def test_the_command_says_who_looked_again(model, pictures, tmp_path, capsys):
                       out=str(tmp_path / "rows.csv"), device="cpu")
     share = pd.read_csv(tmp_path / "rows.csv").looked_again.mean()
     assert f"{100 * share:.0f} % of the pictures looked again: an answer costs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("known, given", [("NFC", "NFD"), ("NFD", "NFC"), ("NFD", "NFD")])
+def test_an_accent_in_another_form_makes_no_other_class(tmp_path, known, given):
+    "A Mac's archive on Linux, or a model of before labels were brought into one form."
+    known, given = (unicodedata.normalize(form, "mésange") for form in (known, given))
+    grey(tmp_path / given / "x.png", 9)
+    assert list(labelled_pictures(tmp_path, [known, "crow"]).label) == [known]
+    (tmp_path / "split.csv").write_text(f"file,label\n{known}/x.png,{given}\n", encoding="utf-8")
+    found = labelled_pictures(tmp_path, [known, "crow"])
+    assert list(found.label) == [known] and Path(found.file[0]).is_file()
+
+
+def test_labels_of_a_table_are_those_of_the_model(model, pictures):
+    with pytest.raises(ValueError, match="the table has pictures of jay, which the model does not know"):
+        evaluate(at(model, 0), pictures.assign(label="jay"))

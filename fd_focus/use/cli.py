@@ -9,10 +9,12 @@ __all__ = ['fd_focus_predict', 'fd_focus_evaluate', 'fd_focus_export', 'fd_focus
 import os
 import sys
 from contextlib import nullcontext
+from functools import reduce
 from itertools import islice
 from pathlib import Path
 
-from .commands import command, fd_focus_compare, fd_focus_experiment, fd_focus_train, prepare   # noqa: F401
+from .commands import (   # noqa: F401
+    any_name, command, fd_focus_compare, fd_focus_experiment, fd_focus_train, prepare)
 
 # %% ../../nbs/67_cli.ipynb #95_cli101c
 _PLACES = dict(rank=("RANK", 0), world=("WORLD_SIZE", 1))    # where torchrun says it, and what holds without
@@ -29,12 +31,6 @@ def _launched(rank: int | None, world: int | None) -> bool:
     told = any(given[name] is None and variable in os.environ for name, (variable, _) in _PLACES.items())
     return told and _share_of(rank, world)[1] > 1
 
-# %% ../../nbs/67_cli.ipynb #95_cli101f
-def _any_name(stream):
-    "The stream, which lets names of files pass that are no UTF-8."
-    if hasattr(stream, "reconfigure"): stream.reconfigure(errors="surrogateescape")
-    return stream
-
 # %% ../../nbs/67_cli.ipynb #95_cli101l
 def _is_stdin(file: Path) -> bool:
     try: return os.path.samestat(file.stat(), os.fstat(sys.stdin.fileno()))
@@ -50,6 +46,21 @@ def _keep_inputs(out: Path, inputs: list) -> None:
     if any(_is_stdin(out) if path == "-" else os.path.exists(path) and out.samefile(path) for path in inputs):
         raise ValueError(f"--out {out} would overwrite what is to be read; give another file")
 
+# %% ../../nbs/67_cli.ipynb #67_cli_007
+def _file_of(out: str | None, inputs: list[str], rank: int, world: int, resume: bool) -> Path | None:
+    "Where the rows go; None: the standard output. ValueError where that makes no sense."
+    if resume and not out: raise ValueError("--resume goes on with a file: give --out as well")
+    if not out: return None
+    _keep_inputs(file := Path(out), inputs)
+    return file if world == 1 else file.with_name(f"{file.stem}.rank{rank}{file.suffix}")
+
+def _cleaner(on_screen: bool, csv_safe: bool):
+    "What names in a table pass through."
+    from fd_focus.data.names import visible
+    from fd_focus.use.files import no_formula
+    steps = [visible] * on_screen + [no_formula] * csv_safe
+    return lambda text: reduce(lambda text, step: step(text), steps, text)
+
 # %% ../../nbs/67_cli.ipynb #95_cli102
 def _device(device: str | None) -> str | None:
     "The device that was asked for, or the process's own GPU under torchrun; None: any."
@@ -57,14 +68,20 @@ def _device(device: str | None) -> str | None:
     import torch
     return f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else None
 
-def _write_rows(classifier, files, out: Path | None, kind: str, header: bool, **options):
+def _open_rows(out: Path | None, resume: bool):
+    "The file that rows go to, perhaps behind those that it has; or the standard output."
+    if not out: return nullcontext(any_name(sys.stdout))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return open(out, "a" if resume else "w", newline="", encoding="utf-8", errors="fd_focus")
+
+def _write_rows(classifier, files, out: Path | None, kind: str, header: bool, resume: bool, clean, **options):
     "Predict pictures; the `Tally` of them."
-    from fd_focus.use.files import Rows, predict_files
-    if out: out.parent.mkdir(parents=True, exist_ok=True)
-    as_text = dict(newline="", encoding="utf-8", errors="surrogateescape")
-    with open(out, "w", **as_text) if out else nullcontext(_any_name(sys.stdout)) as stream:
-        rows = Rows(stream, kind, len(classifier.classes), classifier.pipeline.n_boxes, header)
-        try: return predict_files(classifier, files, rows, progress=sys.stderr, **options)
+    from fd_focus.use.files import Rows, answered, predict_files
+    shape, there = dict(boxes=classifier.pipeline.n_boxes, clean=clean), resume and out.exists()
+    done = answered(out, kind, classifier.classes, **shape) if there else []
+    with _open_rows(out, there) as stream:
+        rows = Rows(stream, kind, len(classifier.classes), header=header and not there, **shape)
+        try: return predict_files(classifier, files, rows, progress=sys.stderr, done=done, **options)
         except BrokenPipeError:      # whoever read the rows has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
@@ -77,7 +94,9 @@ def fd_focus_predict(
     out: str = None,          # file for the rows: .csv or .jsonl; not given: standard output
     format: str = None,       # csv or jsonl; not given: by the name of --out, else csv
     regions: str = None,      # write each picture with its regions below this folder
-    bs: int = 16,             # pictures a batch
+    resume: bool = False,     # go on with --out: skip what it has answers of, try again what it has an error of
+    csv_safe: bool = False,   # CSV: an apostrophe before names that a spreadsheet would compute (= + - @)
+    bs: int = 16,             # pictures a batch; fewer where no more come for a moment
     workers: int = 2,         # threads that open pictures
     device: str = None,       # cpu, cuda, cuda:1, ...; not given: a GPU where there is one
     rank: int = None,         # of several processes, each takes its share of the pictures: which one this is (or RANK)
@@ -86,23 +105,22 @@ def fd_focus_predict(
     """Classify pictures: one row each with class, probability, looks, top 5, regions and their attention.
     The exit status is 1 if any failed, but 0 under torchrun."""
     prepare()
-    from fd_focus.use.files import check_kind, find_pictures
+    from fd_focus.use.files import check_kind, find_pictures, listed
     from fd_focus.use.predict import FocusClassifier, check_batches
     me, processes = _share_of(rank, world)
     if "-" in paths and _launched(rank, world):
         raise ValueError("several processes cannot share a list on the standard input: give files, folders or patterns")
-    file, drawings = (name and Path(name) for name in (out, regions))
+    drawings, file = regions and Path(regions), _file_of(out, paths, me, processes, resume)
     kind = format or ("jsonl" if file and file.suffix in (".jsonl", ".json", ".ndjson") else "csv")
-    if file: _keep_inputs(file, paths)
-    if file and processes > 1: file = file.with_name(f"{file.stem}.rank{me}{file.suffix}")
     check_kind(kind)            # before --out is opened, which empties it
     check_batches(bs, workers)
-    files = find_pictures(paths, _any_name(sys.stdin) if "-" in paths else (), me, processes, drawings)
+    files = find_pictures(paths, listed(sys.stdin) if "-" in paths else (), me, processes, drawings)
     classifier = FocusClassifier.load(model, _device(device))
-    header = bool(file) or me == 0
-    tally = _write_rows(classifier, files, file, kind, header, regions=drawings, bs=bs, workers=workers)
+    header, clean = bool(file) or me == 0, _cleaner(not file, csv_safe)
+    tally = _write_rows(classifier, files, file, kind, header, resume, clean, regions=drawings, bs=bs, workers=workers)
     print(tally, file=sys.stderr)
-    if (tally.failed or not tally.pictures) and not _launched(rank, world): sys.exit(1)    # torchrun would end others
+    nothing = not (tally.pictures or tally.before)
+    if (tally.failed or nothing) and not _launched(rank, world): sys.exit(1)    # torchrun would end others
 
 # %% ../../nbs/67_cli.ipynb #95_cli_eval1
 @command
@@ -111,6 +129,7 @@ def fd_focus_evaluate(
     folder: str,              # labelled pictures: class folders, or a split.csv of file,label,split
     split: str = None,        # only this part: the sub-folder, or the rows of split.csv, of this name, such as test
     out: str = None,          # CSV file, a row a picture: file, label, answer, probability, sure, looked_again, error
+    csv_safe: bool = False,   # an apostrophe before names that a spreadsheet would compute (= + - @)
     bs: int = 16,             # pictures a batch
     workers: int = 2,         # threads that open pictures
     device: str = None,       # cpu, cuda, cuda:1, ...; not given: a GPU where there is one
@@ -123,19 +142,23 @@ def fd_focus_evaluate(
         _keep_inputs(Path(out), [Path(folder) / "split.csv"])
         Path(out).parent.mkdir(parents=True, exist_ok=True)      # what cannot be made is known before the work
     classifier = FocusClassifier.load(model, device)
-    found = evaluate(classifier, labelled_pictures(folder, classifier.classes, split), bs, workers)
-    print(found, file=_any_name(sys.stdout))
-    if out: found.rows.to_csv(out, index=False, errors="surrogateescape")
+    pictures = labelled_pictures(folder, classifier.classes, split)
+    print(f"judging by {len(pictures)} pictures of {pictures.label.nunique()} classes", file=sys.stderr)
+    print(found := evaluate(classifier, pictures, bs, workers))
+    if not out: return
+    clean, rows = _cleaner(False, csv_safe), found.rows
+    rows = rows.assign(**{name: rows[name].map(clean) for name in ("file", "label", "answer", "error")})
+    rows.to_csv(out, index=False, encoding="utf-8", errors="fd_focus")
 
 # %% ../../nbs/67_cli.ipynb #95_cli113
 def _pixels(classifier, images: list[str] | None, n: int):
     "(n,3,H,W) to compare a graph on: pictures, or toy birds. ValueError where there are none."
     import torch
     from fd_focus.use.export import toy_images
-    from fd_focus.use.files import find_pictures
+    from fd_focus.use.files import find_pictures, listed
     if n < 1: raise ValueError(f"n={n}; compare on at least 1 picture")
     if images is None: return toy_images(classifier.input_size, n)
-    files = list(islice(find_pictures(images, _any_name(sys.stdin) if "-" in images else ()), n))
+    files = list(islice(find_pictures(images, listed(sys.stdin) if "-" in images else ()), n))
     if not files:
         raise ValueError(f"--images {' '.join(images)}: no pictures to compare on; name files, folders or patterns")
     return torch.stack([classifier.pixels(file) for file in files])

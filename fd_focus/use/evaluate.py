@@ -14,7 +14,8 @@ import pandas as pd
 import torch
 from scipy.stats import binomtest
 
-from ..data.tables import class_folders, csv_rows, some_names
+from ..data.names import alike_names, nfc, some_names, visible
+from ..data.tables import class_folders, csv_rows
 from ..evidence.calibration import confused_pairs, expected_calibration_error
 from ..evidence.comparison import multiply_adds
 from .predict import FocusClassifier
@@ -39,6 +40,17 @@ def _found(folder: Path, split: str | None) -> tuple[Path, pd.DataFrame]:
     if not len(table): raise ValueError(f"no pictures in class folders of {folder}; it holds {holds()}")
     return folder, table
 
+def _as_known(labels: Iterable[str], classes: set[str], where: str | Path) -> list[str]:
+    "Labels in the model's own spelling. ValueError for what it does not know."
+    known = {nfc(name): name for name in classes} | {name: name for name in classes}
+    labels = [label if (label := str(given)) in known else nfc(label) for given in labels]
+    if unknown := set(labels) - set(known):
+        alike = "; ".join(alike_names(unknown | classes))
+        raise ValueError(f"{where} has pictures of {some_names(unknown, 5)}, which the model does not know: its "
+                         f"classes are {some_names(classes, 5)}. " +
+                         (f"These look alike: {alike}" if alike else "Is a part of it meant (split='test')?"))
+    return [known[label] for label in labels]
+
 def labelled_pictures(
     folder: str | Path,       # class folders, or a split.csv of file,label,split
     classes: Iterable[str],   # that the model knows
@@ -49,10 +61,8 @@ def labelled_pictures(
     if not folder.is_dir(): raise FileNotFoundError(f"no folder {folder}")
     file = folder / "split.csv"
     folder, table = (folder, _listed(file, split)) if file.is_file() else _found(folder, split)
-    if unknown := set(table.label) - classes:
-        raise ValueError(f"{folder} has pictures of {some_names(unknown, 5)}, which the model does not know: its "
-                         f"classes are {some_names(classes, 5)}. Is a part of it meant (split='test')?")
-    return pd.DataFrame(dict(file=[str(folder / name) for name in table.file], label=list(table.label)))
+    labels = _as_known(table.label, classes, folder)
+    return pd.DataFrame(dict(file=[str(folder / name) for name in table.file], label=labels))
 
 # %% ../../nbs/63_evaluate.ipynb #63_evaluate_007
 def _many(n: float) -> str:
@@ -90,14 +100,14 @@ class Evaluation:
         failed = self.rows.file[self.rows.error != ""]
         if len(failed):
             more = ", ..." if len(failed) > 1 else ""
-            lines.append(f"{len(failed)} could not be read and count as wrong: {failed.iloc[0]}{more}")
+            lines.append(f"{len(failed)} could not be read and count as wrong: {visible(failed.iloc[0])}{more}")
         if self.sure is not None:
             right = "" if self.sure_accuracy is None else f", and right in {100 * self.sure_accuracy:.1f} % of those"
             lines.append(f"sure of {100 * self.sure:.1f} %{right}")
         lines.append(_price(self.cost, self.one_look, self.looked_again))
         lines.append(f"calibration error {100 * self.ece:.1f} %")
         for is_, taken_for, count, of in self.confused.head(5)[["is", "taken_for", "count", "of"]].to_numpy():
-            lines.append(f"{is_} taken for {taken_for}: {count} of {of}")
+            lines.append(f"{visible(is_)} taken for {visible(taken_for)}: {count} of {of}")
         return "\n".join(lines)
 
 # %% ../../nbs/63_evaluate.ipynb #93_evaluate008c
@@ -105,13 +115,14 @@ def _rows(classifier: FocusClassifier, pictures: pd.DataFrame, bs: int, workers:
     "A row a picture, and the probabilities (N,C) of those that were answered. ValueError if none was."
     rows, answered = [], []
     for (file, found), label in zip(classifier.stream(pictures.file, bs, workers), pictures.label):
-        if isinstance(found, Exception): rows.append((file, label, "", float("nan"), False, None, str(found)))
+        if isinstance(found, Exception):
+            rows.append((file, label, "", float("nan"), False, None, str(found) or repr(found)))
         else:
             rows.append((file, label, found.label, found.probability, found.sure, found.looked_again, ""))
             answered.append(found.probabilities)
     rows = pd.DataFrame(rows, columns=["file", "label", "answer", "probability", "sure", "looked_again", "error"])
     if answered: return rows, torch.stack(answered)
-    raise ValueError(f"none of the {len(rows)} pictures could be read; the first: {rows.error.iloc[0]}")
+    raise ValueError(f"none of the {len(rows)} pictures could be answered; the first: {rows.error.iloc[0]}")
 
 # %% ../../nbs/63_evaluate.ipynb #63_evaluate_010
 def _costs(
@@ -131,7 +142,8 @@ def evaluate(
     pictures: pd.DataFrame,     # columns file, label, from `labelled_pictures`
     bs: int = 16, workers: int = 2,   # see `FocusClassifier.stream`
 ) -> Evaluation:
-    "Answer every picture as in use, and count. ValueError if none could be read."
+    "Answer every picture as in use, and count. ValueError if none could be answered."
+    pictures = pictures.assign(label=_as_known(pictures.label, set(classifier.classes), "the table"))
     rows, probabilities = _rows(classifier, pictures, bs, workers)
     read, right = rows[rows.error == ""], rows.label == rows.answer
     targets = torch.tensor([classifier.classes.index(label) for label in read.label])

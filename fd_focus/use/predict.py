@@ -10,8 +10,9 @@ __all__ = ['open_any', 'prepare', 'Prediction', 'FocusPipeline', 'fold_batch_nor
 import copy
 import io
 import math
-from collections import deque
-from collections.abc import Iterable, Iterator
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +132,7 @@ class Prediction:
         return dict(label=self.label, probability=round(self.probability, 6), sure=self.sure,
                     looked_again=self.looked_again, top5=[[name, round(p, 6)] for name, p in self.top5],
                     boxes=[[round(side, 1) for side in box] for box in self.boxes.tolist()],     # enough for a program
-                    scores=[None if math.isnan(score) else round(score, 4) for score in self.scores.tolist()])
+                    scores=[round(score, 4) if math.isfinite(score) else None for score in self.scores.tolist()])
 
 # %% ../../nbs/61_predict.ipynb #90_export021
 class FocusPipeline(nn.Module):
@@ -231,10 +232,12 @@ def pixels(self: FocusClassifier, source) -> Tensor:
     return self._prepare(source)[0].float() / 255
 
 # %% ../../nbs/61_predict.ipynb #92_predict032i
+_NO_ANSWER = "the model's answer is no number: its weights, temperature, mean or std are damaged"
+
 @patch
 @torch.inference_mode()
-def _answers(self: FocusClassifier, prepared: list[tuple]) -> list[Prediction]:
-    "Predictions of prepared pictures, as one batch."
+def _answers(self: FocusClassifier, prepared: list[tuple]) -> list[Prediction | ValueError]:
+    "Predictions of prepared pictures, as one batch; a ValueError in the place of one that is no number."
     pictures, views, sizes = zip(*prepared)
     x = (torch.stack(pictures).to(self.device).float() / 255).contiguous(memory_format=torch.channels_last)
     outputs = zip(self.pipeline.outputs, self.pipeline(x))
@@ -243,9 +246,10 @@ def _answers(self: FocusClassifier, prepared: list[tuple]) -> list[Prediction]:
             for i, (view, size) in enumerate(zip(views, sizes))]
 
 @patch
-def _one(self: FocusClassifier, found: dict[str, Tensor], view: np.ndarray, size: tuple[int, int]) -> Prediction:
+def _one(self: FocusClassifier, found: dict[str, Tensor], view: np.ndarray, size: tuple[int, int]):
     "The answer about one picture, in its own pixels."
     probabilities, boxes = found["probabilities"], found.get("boxes", torch.zeros(0, 4))
+    if not (probabilities.isfinite().all() and boxes.isfinite().all()): return ValueError(_NO_ANSWER)
     best = probabilities.topk(min(5, len(probabilities)))
     top5 = [(self.classes[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist())]
     view = torch.from_numpy(view).float()
@@ -257,42 +261,68 @@ def _one(self: FocusClassifier, found: dict[str, Tensor], view: np.ndarray, size
     return Prediction(label, probability, sure, top5, probabilities, boxes, scores, found.get("attention"), view, size,
                       looked_again=again)
 
+# %% ../../nbs/61_predict.ipynb #61_predict_007
+class _Ahead:
+    "Pictures that a thread takes from their source and `workers` others open, at most `most` before their answers."
+    def __init__(self, sources: Iterable, open_one, workers: int, most: int):
+        self.pool, self.taken, self.room = ThreadPoolExecutor(workers), queue.SimpleQueue(), threading.Semaphore(most)
+        self.patience, self.end, self.closed = None if isinstance(sources, Sized) else .1, None, False
+        threading.Thread(target=self._take, args=(iter(sources), open_one), daemon=True).start()
+
+    def _take(self, sources: Iterator, open_one):
+        try:
+            while self.room.acquire() and not self.closed:
+                self.taken.put((source := next(sources), self.pool.submit(open_one, source)))
+        except BaseException as error: self.taken.put(error)      # StopIteration, or what the source has raised
+
+    def batch(self, size: int) -> list[tuple]:      # of a picture and the future of what `open_one` makes of it
+        "The next pictures, as soon as there are `size` or no other comes; none at the end, which raises its error."
+        found = []
+        while len(found) < size and self.end is None:
+            try: one = self.taken.get(timeout=self.patience if found else None)
+            except queue.Empty: break
+            if isinstance(one, tuple): found.append(one)
+            else: self.end = one
+        if not found and not isinstance(self.end, StopIteration): raise self.end
+        return found
+
+    def close(self):
+        "Let the threads end; one that waits for a source does so when that has given another picture."
+        self.closed = True
+        self.room.release()
+        self.pool.shutdown(cancel_futures=True)
+
 # %% ../../nbs/61_predict.ipynb #92_predict033e
 def check_batches(bs: int, workers: int) -> None:
     "ValueError for numbers of pictures and threads that make no sense."
     if bs < 1 or workers < 1: raise ValueError(f"bs={bs}, workers={workers}; use at least 1")
 
 @patch
-def _batch(self: FocusClassifier, futures: list[tuple], on_error: str) -> Iterator[tuple]:
+def _batch(self: FocusClassifier, futures: list[tuple]) -> Iterator[tuple]:
     "Answers of one batch, errors in their places."
-    results = []
-    for source, future in futures:
-        try: results.append((source, future.result()))
-        except (ValueError, OSError) as error:
-            if on_error == "raise": raise
-            results.append((source, error))
-    good = [result for _, result in results if isinstance(result, tuple)]
+    opened = [future.exception() or future.result() for _, future in futures]
+    good = [one for one in opened if isinstance(one, tuple)]
     answers = iter(self._answers(good) if good else ())
-    for source, result in results: yield source, next(answers) if isinstance(result, tuple) else result
+    for (source, _), one in zip(futures, opened): yield source, next(answers) if isinstance(one, tuple) else one
 
 @patch
 def stream(self: FocusClassifier,
     sources: Iterable,          # pictures, see `open_any`
     bs: int = 16,               # pictures at once
     workers: int = 2,           # threads that open pictures
-    on_error: str = "return",   # of a picture that cannot be read: 'return' in the prediction's place, or 'raise'
+    on_error: str = "return",   # of a picture that cannot be answered: 'return' in the prediction's place, or 'raise'
 ) -> Iterator[tuple]:           # (source, Prediction or exception), in order
-    "Predict without end: at most three batches of pictures are in memory, whatever the number of sources."
+    "Predict without end: at most three batches of pictures are in memory, and no answer waits for pictures to come."
     check_batches(bs, workers)
     if on_error not in ("return", "raise"): raise ValueError(f"on_error={on_error!r}; use 'return' or 'raise'")
-    waiting, sources = deque(), iter(sources)
-    with ThreadPoolExecutor(workers) as pool:
-        while True:
-            for source in sources:
-                waiting.append((source, pool.submit(self._prepare, source)))
-                if len(waiting) >= 3 * bs: break
-            if not waiting: return
-            yield from self._batch([waiting.popleft() for _ in range(min(bs, len(waiting)))], on_error)
+    ahead = _Ahead(sources, self._prepare, workers, 3 * bs)
+    try:
+        while batch := ahead.batch(bs):
+            for source, found in self._batch(batch):
+                if on_error == "raise" and isinstance(found, Exception): raise found
+                yield source, found
+            ahead.room.release(len(batch))
+    finally: ahead.close()
 
 # %% ../../nbs/61_predict.ipynb #92_predict033
 def _pictures(source) -> list | None:
@@ -305,10 +335,12 @@ def predict(self: FocusClassifier,
     source,                           # see `open_any`; or a list of such, a tensor (B,3,H,W), an array (B,H,W,3)
     bs: int = 16,                     # pictures at once
 ) -> Prediction | list[Prediction]:   # a list for several pictures
-    "Class, probabilities, regions. Errors name the picture that cannot be read."
+    "Class, probabilities, regions. Errors name the picture that cannot be read; ValueError for an answer of NaN."
     pictures = _pictures(source)
-    if pictures is None: return self._answers([self._prepare(source)])[0]
-    return [prediction for _, prediction in self.stream(pictures, bs, on_error="raise")]
+    if pictures is not None: return [found for _, found in self.stream(pictures, bs, on_error="raise")]
+    found, = self._answers([self._prepare(source)])
+    if isinstance(found, Exception): raise found
+    return found
 
 # %% ../../nbs/61_predict.ipynb #92_predict041
 def draw_prediction(
