@@ -10,7 +10,7 @@ import torch
 
 import fd_focus.focus
 from fd_focus.bodies import toy_resnet
-from fd_focus.evidence.bench import SECTIONS, bars, bench_growth
+from fd_focus.evidence.bench import SECTIONS, bars, bench, bench_growth
 from fd_focus.evidence.timing import (Clock, bench_prediction, bench_step, body_inputs, floor_step, machine, make_net,
                                       one_staged, stages, training_step)
 from fd_focus.loss import FocusLoss
@@ -49,6 +49,17 @@ def test_command_explains_bad_input(tmp_path):
                           (("--threads", "0"), "threads=0; use 1 or more")):
         done = run(*args, cwd=tmp_path)
         assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '"text"', '{"a": 1}', '{"machine": 3, "quick": true}', "\udcff",
+                                  '{"machine": {}, "quick": false, "step": {"arch": "x"}}'])
+def test_a_file_of_something_else_stays(tmp_path, text):
+    file = tmp_path / "bench.json"
+    file.write_text(text, errors="surrogateescape")
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match="bench.json is no result of this version of fd_focus_bench"):
+        bench(file, only=("reading",), quick=True)
+    assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
 
 
 def test_full_run_measures_what_the_bars_ask_for():

@@ -15,6 +15,7 @@ from fd_focus.evidence.comparison import paired_difference, plot_results, read_p
 from fd_focus.evidence.experiment import PlannedRun, _same, keep_predictions, load_plan, run_experiment
 from fd_focus.training.run import train
 from fd_focus.training.settings import Settings
+from fd_focus.use.commands import fd_focus_experiment
 
 BIN = Path(sys.executable).parent
 RESULTS = Path(__file__).parent.parent / "results"
@@ -40,7 +41,8 @@ def test_killed_and_started_again(folder):
     while not (folder / "rows.csv").is_file() and first.poll() is None: time.sleep(.02)      # one run is finished
     if sys.platform != "win32":                                   # there is no such lock on Windows
         first.send_signal(signal.SIGSTOP)
-        with pytest.raises(RuntimeError, match="another process works on"): run_experiment(folder)
+        with pytest.raises(BlockingIOError, match=f"process {first.pid} on .* works on"): run_experiment(folder)
+        with pytest.raises(SystemExit, match=f"fd_focus: process {first.pid} on"): fd_focus_experiment(str(folder))
     first.kill(); first.communicate()
     before = read_rows(folder)
     assert 1 <= len(before) < 4 and (before.status == "ok").all()
@@ -134,6 +136,49 @@ def test_the_command_ends_with_a_sentence(tmp_path):
     run = subprocess.run([BIN / "fd_focus_experiment", tmp_path / "bad.yaml"], capture_output=True, text=True)
     assert run.returncode != 0 and "Traceback" not in run.stderr
     assert "unknown setting epoch (did you mean epochs?)" in run.stderr
+
+
+ROW = dict(data="default", variant="plain", seed=0, accuracy=.5, status="ok", settings="{}", seconds=1.,
+           images_per_second=1., predict_seconds=1., multiply_adds=1)
+
+
+@pytest.mark.parametrize("change, told", [
+    ({}, None),
+    (dict(status="failed: no", accuracy=float("nan"), seconds=None), None),
+    (lambda file: file.write_bytes(b""), "rows.csv is no table"),
+    (lambda file: file.write_bytes(b"\xff\xfe\x00data"), "rows.csv is no table"),
+    (lambda file: file.write_text('a,b\n1,2,3\n1,2,3,4\n'), "rows.csv is no table"),
+    (lambda file: file.write_text("name,value\nx,3\n"), "rows.csv has no column data, variant, seed, status"),
+    (dict(multiply_adds=None), "rows.csv has no column multiply_adds; is it of another program or version"),
+    (dict(accuracy="good"), "rows.csv: column accuracy holds 'good', no number"),
+    (dict(seed="first"), "rows.csv: column seed holds 'first', no number"),
+    (dict(settings="{epochs: 3"), "rows.csv: column settings of default, plain, seed 0 holds no JSON"),
+    (dict(settings=float("nan")), "rows.csv: column settings of default, plain, seed 0 holds no JSON"),
+])
+def test_tables_of_something_else(folder, change, told):
+    file = folder / "rows.csv"
+    if callable(change): change(file)
+    else:
+        row = {name: value for name, value in (ROW | change).items() if value is not None}
+        pd.DataFrame([row]).to_csv(file, index=False)
+    if told is None: read_rows(folder); return
+    for read in (summarise, run_experiment):
+        before = file.read_bytes()
+        with pytest.raises(ValueError, match=told): read(folder)
+        assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("content, told", [
+    (b"", "is damaged"), (b"PK\x03\x04 cut", "is damaged"), (b"text", "is damaged"),
+    (dict(answer=np.array(["a", None])), "is damaged"),
+    (dict(answer=np.ones((2, 3))), "has no files, target of default, plain, seed 0"),
+])
+def test_predictions_of_something_else(folder, content, told):
+    pd.DataFrame([ROW]).to_csv(folder / "rows.csv", index=False)
+    file = folder / "predictions.npz"
+    if isinstance(content, bytes): file.write_bytes(content)
+    else: np.savez(file, **{f"default/plain/0/{name}": array for name, array in content.items()})
+    with pytest.raises(ValueError, match=f"predictions.npz {told}"): summarise(folder)
 
 
 @pytest.mark.parametrize("question", sorted(path.parent.name for path in RESULTS.glob("*/plan.yaml")))

@@ -1,6 +1,7 @@
 "Exported graphs answer as the network does, and a comparison that should fail does."
 import io
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -296,6 +297,26 @@ def test_what_cannot_be_exported(dls, tmp_path, monkeypatch):
         run_exported(tmp_path / "model.onnx")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a small file system")
+@pytest.mark.parametrize("format", export.FORMATS)
+def test_full_disk(saved, tmp_path, format):
+    "An error with a message, and nothing half written; when there is room again, it works."
+    disk, name = tmp_path / "disk", f"model{export.FORMATS[format]}"
+    disk.mkdir()
+    size = 1000 * (sum(file.stat().st_size for file in saved.iterdir()) // 2000)         # the weights do not fit
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("only root may mount")
+    try:
+        with pytest.raises(OSError, match=f"No space left on device: '{disk / name}'"):
+            export_model(load_focus(saved), disk / name, format)
+        with pytest.raises(SystemExit, match=f"fd_focus: No space left on device: {disk}"):
+            fd_focus_export(model=str(saved), format=format, out=str(disk / name), n=2)
+        assert not list(disk.iterdir())
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        assert export_model(load_focus(saved), disk / name, format).stat().st_size > size
+    finally: subprocess.run(["umount", "-l", disk], check=True)
+
+
 # Faster answers
 
 @pytest.mark.parametrize(
@@ -359,6 +380,20 @@ def test_command(saved, data, tmp_path, monkeypatch, capsys):
     assert "no file gone.jpg" in message(images=["gone.jpg"])
     assert "n=0" in message(n=0)
     assert "opset=18 is for format 'onnx'" in message(format="torch-export", opset=18)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks")
+def test_one_export_to_a_file_at_a_time(saved, tmp_path):
+    file = tmp_path / "model.onnx"
+    script = ("import sys, time; from fd_focus.training.checkpoint import alone\n"
+              "with alone(sys.argv[1]): print('held', flush=True); time.sleep(600)")
+    with subprocess.Popen([sys.executable, "-W", "ignore", "-c", script, file], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(SystemExit, match=f"fd_focus: process {other.pid} on .* works on {file}"):
+            fd_focus_export(model=str(saved), out=str(file), n=2)
+        other.kill()
+    fd_focus_export(model=str(saved), out=str(file), n=2)
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_command_reads_a_list(saved, data, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 "A run that is killed, stopped or out of room goes on as if nothing had happened."
 import json
 import os
+import platform
 import random
 import re
 import resource
@@ -18,7 +19,7 @@ import yaml
 from fastai.callback.core import Callback
 from safetensors.torch import load_file
 
-from fd_focus.training.checkpoint import Checkpoint, read_checkpoint
+from fd_focus.training.checkpoint import Checkpoint, alone, put, put_bytes, read_checkpoint
 from fd_focus.training.run import make_learner, train
 from fd_focus.training.settings import Settings
 from fd_focus.use.commands import fd_focus_train
@@ -199,16 +200,47 @@ def test_an_interrupted_resumed_fit_leaves_no_epoch_out_of_the_next(tmp_path):
     assert len(learn.recorder.values) == 1 and len(learn.recorder.lrs) == 5
 
 
+def parts(out): return list(out.glob(".checkpoint.*.part.pt"))
+
+
 def test_killed_while_writing_a_checkpoint(whole, start, finish, tmp_path):
+    "Nobody else gets into the folder before that, and whoever comes after finds nothing in the way."
     out = tmp_path / "run"
     process = start(out, slow_writing, 2, **TINY)
-    file, part = out / "checkpoint.pt", out / ".checkpoint.part.pt"
-    def half_written(): return read_checkpoint(file)["epoch"] == 1 and part.exists() and part.stat().st_size
+    file = out / "checkpoint.pt"
+    def half_written(): return read_checkpoint(file)["epoch"] == 1 and any(part.stat().st_size for part in parts(out))
     wait_for(lambda: file.exists() and half_written(), process)
+    if sys.platform != "win32":
+        for kwargs in (TINY, dict(resume=True)):
+            assert f"process {process.pid} on {platform.node()} works on {out}" in fails(out=str(out), **kwargs)
+        with pytest.raises(BlockingIOError): train(Settings(**TINY), out=out)
     kill(process)
-    assert part.exists() and read_checkpoint(file)["epoch"] == 1
+    assert parts(out) and read_checkpoint(file)["epoch"] == 1
     assert finish(out, resume=True)[0] == 0
-    assert same(whole, out) and not part.exists()
+    assert same(whole, out) and not parts(out) and not (out / ".lock").exists()
+
+
+def test_two_writers_of_one_file(tmp_path):
+    "Each has a name of its own meanwhile; the last one to finish is right."
+    file = tmp_path / ("long name " * 24 + ".txt")
+    def write(part):
+        part.write_text("first")
+        put(file, lambda other: other.write_text("second"))
+        assert part.read_text() == "first" and file.read_text() == "second"
+    put(file, write)
+    assert file.read_text() == "first" and list(tmp_path.iterdir()) == [file]
+    assert (file.stat().st_mode & 0o777) == (put_bytes(tmp_path / "x", lambda s: s.write(b"y")).stat().st_mode & 0o777)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks")
+def test_a_lock_of_the_dead_holds_nobody(tmp_path):
+    "What a killed process, or another machine, has left in the file says nothing; children hold nothing."
+    (tmp_path / ".lock").write_text("process 1 on elsewhere")
+    script = ("import os, sys, time; from fd_focus.training.checkpoint import alone\n"
+              "with alone(sys.argv[1]):\n    if os.fork(): os._exit(0)\n    time.sleep(60)")
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, stdout=subprocess.DEVNULL)
+    with alone(tmp_path): assert (tmp_path / ".lock").read_text() == f"process {os.getpid()} on {platform.node()}"
+    assert not list(tmp_path.iterdir())
 
 
 def test_full_disk(whole, start, finish, tmp_path):
@@ -224,7 +256,7 @@ def test_full_disk(whole, start, finish, tmp_path):
         assert ("No space left on device" if mounted else "File too large") in said and "checkpoint.pt" in said
         assert f"fd_focus_train --resume --out {out}" in said
         assert read_checkpoint(out / "checkpoint.pt")["epoch"] == (1 if mounted else 0)
-        assert not (out / ".checkpoint.part.pt").exists()
+        assert not parts(out)
         if mounted: subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         assert finish(out, resume=True)[0] == 0
         assert same(whole, out)
@@ -243,7 +275,7 @@ def test_ctrl_c_and_the_command_it_prints(whole, start, tmp_path):
     assert process.exitcode == 130 and "Traceback" not in said, said
     assert "stopping at the end of this batch" in said
     assert re.search(r"stopped (after batch \d of 5|while validating) in epoch \d of 4", said)
-    assert not (out / ".checkpoint.part.pt").exists()
+    assert not parts(out)
     command = said.strip().splitlines()[-1].strip()
     assert command == f"fd_focus_train --resume --out '{out}'"
     env = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
@@ -336,6 +368,17 @@ def test_what_was_asked_beside_the_settings_lasts(start, finish, tmp_path):
     wait_for(lambda: (out / "checkpoint.pt").exists(), process)
     kill(process)
     assert finish(out, resume=True)[0] == 0 and not (out / "model/examples").exists()
+
+
+def test_what_is_asked_with_resume_lasts_too(unfinished):
+    "Also where no epoch is left to do."
+    before = read_checkpoint((run := unfinished / "run") / "checkpoint.pt")
+    settings = Settings(**before["settings"])
+    train(settings, bar=False, out=run, resume=True, beside=dict(examples=0))
+    train(settings, bar=False, out=run, resume=True)
+    after = read_checkpoint(run / "checkpoint.pt")
+    assert (before["beside"], after["beside"]) == ({}, dict(examples=0)) and before["seconds"] <= after["seconds"]
+    assert all(before["model"][name].equal(after["model"][name]) for name in before["model"])
 
 
 def test_files_that_are_no_checkpoint_of_ours(unfinished, tmp_path):

@@ -10,6 +10,7 @@ __all__ = ['OPTIONS', 'SECTIONS', 'QUICK', 'exponent', 'locating', 'growth', 'be
 import json
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -25,6 +26,7 @@ from ..attention import attention_map
 from .timing import bench_naive, bench_prediction, bench_step, machine, make_net, middle, ratio
 from .timing import take_turns, training_step
 from ..regions import propose_from_table, region_grid, suppression_table
+from ..training.checkpoint import alone, put
 from ..training.run import make_learner
 from ..training.settings import Settings
 from ..training.speed import CheckpointBody, FusedAdam, keep_memory, peak_memory
@@ -220,12 +222,23 @@ def bars(results: dict) -> list[dict]:
         for name in ("step, batch", "locating, batch"): bar(f"exponent of time, {name}", g[name]["time_exponent"], 1.05)
     return rows
 
+# %% ../../nbs/56_bench.ipynb #56_bench_011
+def _read_results(out) -> dict:
+    "What is in the file; empty without one. ValueError where it is another program's, or another version's."
+    if not (out and Path(out).is_file()): return {}
+    try:
+        results = json.loads(Path(out).read_text(encoding="utf-8"))
+        if not isinstance(results["quick"], bool): raise TypeError
+        report(results | dict(bars=bars(results)))           # reads all that we would read of it
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise ValueError(f"{out} is no result of this version of fd_focus_bench, which would replace it; give another "
+                         "--out") from None
+    return results
+
 # %% ../../nbs/56_bench.ipynb #56_bench_005
 def _read(out, only: tuple, quick: bool, device: str, here: dict) -> dict:
     "Results that are in the file. ValueError where sections that would stay are of another kind, or machine."
-    results = json.loads(Path(out).read_text()) if out and Path(out).is_file() else {}
-    if results and not {"machine", "quick"} <= set(results):
-        raise ValueError(f"{out} is no result of fd_focus_bench, which would replace it; give another --out")
+    results = _read_results(out)
     kept = [name for name in SECTIONS if name in results and name not in only]
     if not kept: return results
     def same(m): return m["processor"], m["gpu"], m["threads"]
@@ -236,12 +249,22 @@ def _read(out, only: tuple, quick: bool, device: str, here: dict) -> dict:
     raise ValueError(f"{out} has {', '.join(kept)} of {kind}: one file is of one kind; give another --out, or measure "
                      "those sections again too")
 
-def _write(out, results: dict) -> None:
-    "As a whole or not at all."
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    part = Path(out).with_suffix(".part")
-    part.write_text(json.dumps(results, indent=1))
-    part.replace(out)
+# %% ../../nbs/56_bench.ipynb #56_bench_012
+def _measure(out, only: tuple, quick: bool, device: str, repeats: int | None, data: str | None, say: Callable) -> dict:
+    "What `bench` gives, where everything is known to make sense."
+    here = machine()
+    results = _read(out, only, quick, device, here) | dict(machine=here, quick=quick, device=device)
+    for name in (n for n in SECTIONS if n in only):
+        start, kwargs = time.perf_counter(), dict(QUICK[name]) if quick else {}
+        if name != "reading": kwargs["device"] = device
+        if name == "epoch" and data: kwargs["data"] = data
+        if repeats and name in ("step", "prediction"): kwargs["repeats"] = repeats
+        results[name] = SECTIONS[name](**kwargs)
+        results[name]["took"] = round(time.perf_counter() - start, 1)
+        results["bars"] = bars(results)
+        say(f"{name}: {results[name]['took']:.0f} s")
+        if out: put(out, lambda part: part.write_text(json.dumps(results, indent=1)))
+    return results
 
 # %% ../../nbs/56_bench.ipynb #85_bench027b
 def bench(
@@ -265,19 +288,8 @@ def bench(
     if threads is not None:
         if threads < 1: raise ValueError(f"threads={threads}; use 1 or more")
         torch.set_num_threads(threads)
-    here = machine()
-    results = _read(out, only, quick, device, here) | dict(machine=here, quick=quick, device=device)
-    for name in (n for n in SECTIONS if n in only):
-        start, kwargs = time.perf_counter(), dict(QUICK[name]) if quick else {}
-        if name != "reading": kwargs["device"] = device
-        if name == "epoch" and data: kwargs["data"] = data
-        if repeats and name in ("step", "prediction"): kwargs["repeats"] = repeats
-        results[name] = SECTIONS[name](**kwargs)
-        results[name]["took"] = round(time.perf_counter() - start, 1)
-        results["bars"] = bars(results)
-        say(f"{name}: {results[name]['took']:.0f} s")
-        if out: _write(out, results)
-    return results
+    if out: Path(out).parent.mkdir(parents=True, exist_ok=True)
+    with alone(out) if out else nullcontext(): return _measure(out, only, quick, device, repeats, data, say)
 
 # %% ../../nbs/56_bench.ipynb #85_bench027d
 def report(results: dict) -> str:

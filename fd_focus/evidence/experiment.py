@@ -9,8 +9,6 @@ __all__ = ['PlannedRun', 'load_plan', 'predictions', 'keep_predictions', 'result
 import inspect
 import json
 import math
-import os
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -21,9 +19,9 @@ import yaml
 from fastai.learner import Learner
 from fastai.torch_core import rank_distrib
 
-from .comparison import answering_time, multiply_adds, place_of, read_rows
+from .comparison import answering_time, multiply_adds, place_of, read_arrays, read_rows
 from ..methods import bare, mean_of_heads
-from ..training.checkpoint import put
+from ..training.checkpoint import alone, put, put_bytes
 from ..training.run import train
 from ..training.settings import Settings, make_settings, resolve
 
@@ -119,12 +117,9 @@ def keep_predictions(
 ) -> Path:                   # predictions.npz
     "Add a run's predictions to the folder's file; older ones of the same run go."
     file, place = Path(folder) / "predictions.npz", place_of(*run.key)
-    arrays = {}
-    if file.is_file():
-        with np.load(file, allow_pickle=False) as kept:
-            arrays = {name: kept[name] for name in kept.files if name.rpartition("/")[0] + "/" != place}
-    arrays |= {place + name: array for name, array in found.items()}
-    return put(file, lambda part: np.savez_compressed(part, **arrays))
+    others = lambda name: name.rpartition("/")[0] + "/" != place
+    arrays = (read_arrays(file, others) if file.is_file() else {}) | {place + name: a for name, a in found.items()}
+    return put_bytes(file, lambda stream: np.savez_compressed(stream, **arrays))
 
 # %% ../../nbs/57_experiment.ipynb #75_experiment015
 def _fingerprint(settings: Settings) -> str: return json.dumps(asdict(settings), sort_keys=True)
@@ -178,20 +173,6 @@ def _one_run(run: PlannedRun, trained: dict | None = None) -> tuple[dict, dict |
         row["status"] = f"failed: {type(error).__name__}: {error}".split("\n")[0][:300]
     return row | dict(settings=_fingerprint(run.settings)), found
 
-# %% ../../nbs/57_experiment.ipynb #50_alone_code
-@contextmanager
-def _alone(folder: Path):
-    "Hold a folder. RuntimeError where another process holds it."
-    try: import fcntl
-    except ImportError: yield; return          # Windows has no such lock
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError(f"another process works on {folder}; wait for it, or use another folder") from None
-        yield
-    finally: os.close(handle)
-
 # %% ../../nbs/57_experiment.ipynb #50_where_code
 def results_folder(
     plan: str | Path,                # a folder with a plan.yaml, or a YAML file
@@ -217,14 +198,15 @@ def run_experiment(
     out: str | Path | None = None,        # folder for rows.csv and predictions.npz; None: see `results_folder`
     say=print,                            # told what happens
 ) -> pd.DataFrame:                        # all rows of the folder
-    "Run what the folder does not hold yet. Killed and started again, it goes on after the last finished run."
+    """Run what the folder does not hold yet. Killed and started again, it goes on after the last finished run.
+    BlockingIOError where another process works on the folder."""
     if isinstance(plan, list):
         if out is None: raise ValueError("runs without a plan need a folder: give out")
         runs, folder = plan, Path(out)
     else: runs, folder = load_plan(plan), results_folder(plan, out)
     folder.mkdir(parents=True, exist_ok=True)
     first = not rank_distrib()            # of several processes that train together, one writes
-    with _alone(folder) if first else nullcontext():
+    with alone(folder):
         if first and not isinstance(plan, list): _copy_plan(_plan_file(plan), folder)
         file = folder / "rows.csv"
         rows = read_rows(folder).to_dict("records") if file.is_file() else []

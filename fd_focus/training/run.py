@@ -32,7 +32,8 @@ from ..draw import plot_focus
 from ..loss import FocusLoss
 from ..methods import METHODS, method_options
 from . import recipes    # noqa: F401 -- patches fit_paper and fit_modern into FocusLearner
-from .checkpoint import Checkpoint, KeepBest, _own, put, random_state, set_random_state, stoppable
+from .checkpoint import Checkpoint, KeepBest, _own, alone, put, put_bytes, stoppable
+from .checkpoint import random_state, set_random_state
 from .learner import FocusLearner, focus_learner, history
 from .settings import FOLDER_SETTINGS, Settings, method_arguments, resolve, write_settings
 from .speed import speed_up
@@ -162,6 +163,21 @@ def _summary(learn: FocusLearner, table: pd.DataFrame, s: Settings, kept: int, s
         judged_by=dls.judged_by, train_images=len(dls.train_ds), valid_images=len(dls.valid_ds), classes=len(dls.vocab),
         parameters=sum(p.numel() for p in learn.model.parameters()), versions=versions(), settings=asdict(s))
 
+# %% ../../nbs/36_run.ipynb #36_run_016
+def _trained(s: Settings, bar: bool, out=None, checkpoint: Checkpoint | None = None) -> tuple:
+    "What `train` gives, from resolved settings; `checkpoint` saves the run in `out`, and goes on from its state."
+    cbs, learn = _callbacks(s, out), make_learner(s)
+    if checkpoint and checkpoint.state: checkpoint.check(learn, s.epochs)
+    elif checkpoint and rank_distrib() == 0: write_settings(s, out)     # once data and network are there
+    quiet, start = [] if bar else [learn.no_bar(), learn.no_logging()], time.perf_counter()
+    with ExitStack() as stack:
+        for context in [_sharing(learn), stoppable(learn), *quiet]: stack.enter_context(context)
+        _fit(learn, s, cbs + ([checkpoint] if checkpoint else []))
+    seconds = checkpoint.seconds if checkpoint else time.perf_counter() - start
+    table = history(learn)
+    kept = next((cb.epoch_kept for cb in cbs if isinstance(cb, KeepBest)), len(table) - 1)
+    return learn, table, _summary(learn, table, s, kept, seconds)
+
 # %% ../../nbs/36_run.ipynb #72_run007b
 def train(
     settings: Settings,
@@ -171,23 +187,15 @@ def train(
     beside: dict | None = None,               # what else was asked for; kept in the checkpoint
 ) -> tuple[FocusLearner, pd.DataFrame, dict]: # learner, table by epoch, summary
     """Train from settings. The summary holds accuracy (0 to 1, of the weights that are kept), seconds,
-    images_per_second, versions, and all settings, filled in. ValueError for what does not fit together."""
+    images_per_second, versions, and all settings, filled in. ValueError for what does not fit together;
+    BlockingIOError where another process trains in `out`."""
     s = resolve(settings)
     if out is None and (resume or s.log):
         raise ValueError(f"{'resume' if resume else 'log'} needs the folder `out` of the run")
-    checkpoint = None if out is None else _checkpoint(s, out, resume, beside)
-    cbs = _callbacks(s, out)
-    learn = make_learner(s)
-    if resume: checkpoint.check(learn, s.epochs)
-    elif out is not None and rank_distrib() == 0: write_settings(s, out)     # once data and network are there
-    quiet, start = [] if bar else [learn.no_bar(), learn.no_logging()], time.perf_counter()
-    with ExitStack() as stack:
-        for context in [_sharing(learn), stoppable(learn), *quiet]: stack.enter_context(context)
-        _fit(learn, s, cbs + ([checkpoint] if checkpoint else []))
-    seconds = checkpoint.seconds if checkpoint else time.perf_counter() - start
-    table = history(learn)
-    kept = next((cb.epoch_kept for cb in cbs if isinstance(cb, KeepBest)), len(table) - 1)
-    return learn, table, _summary(learn, table, s, kept, seconds)
+    if out is None: return _trained(s, bar)
+    checkpoint = _checkpoint(s, out, resume, beside)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    with alone(out): return _trained(s, bar, out, checkpoint)
 
 # %% ../../nbs/36_run.ipynb #36_run_009
 def plot_curves(
@@ -236,7 +244,7 @@ def save_figure(file: Path, draw: Callable) -> None:
     "Write the figure that `draw()` gives; if it gives None, or fails, an earlier run's goes. A failure is a warning."
     before, drawn = set(plt.get_fignums()), False
     try:
-        if drawn := draw(): put(file, lambda part: drawn.savefig(part, dpi=110))
+        if drawn := draw(): put_bytes(file, lambda stream: drawn.savefig(stream, dpi=110))
     except Exception as error:       # of drawing, of a font, of a picture that has gone since
         if isinstance(error, OSError) and error.filename == str(file): raise      # no room
         drawn = False
@@ -273,7 +281,7 @@ def write_examples(
         name = re.sub(r"[^\w +.-]", "_", label)[:80]
         files.append(folder / f"{number} {name}.jpg")
         folder.mkdir(parents=True, exist_ok=True)
-        put(files[-1], lambda part, picture=picture: picture.save(part, "JPEG", quality=90))
+        put_bytes(files[-1], lambda stream, picture=picture: picture.save(stream, "JPEG", quality=90))
     for old in set(folder.glob("*.jpg")) - set(files):
         if re.match(r"\d+ ", old.name): old.unlink()
     return files

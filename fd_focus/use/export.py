@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..methods import Method, method_name
 from ..regions import _pair
 from ..toy import ToyBirds
-from ..training.checkpoint import put
+from ..training.checkpoint import put, put_bytes
 from .predict import FocusPipeline
 
 # %% ../../nbs/64_export.ipynb #90_export031
@@ -71,7 +71,7 @@ def export_model(
     with _quiet(), torch.no_grad():
         if format == "torch-export":
             program = torch.export.export(pipeline, example, dynamic_shapes=dynamic)
-            return put(file, lambda part: torch.export.save(program, part, extra_files=about))
+            return put_bytes(file, lambda stream: torch.export.save(program, stream, extra_files=about))
         try: import onnx, onnxscript    # noqa: E401, F401
         except ImportError as error:
             raise ValueError(f"exporting to ONNX needs {error.name}: pip install 'fd_focus[export]'") from None
