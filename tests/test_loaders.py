@@ -10,13 +10,16 @@ import numpy as np
 import pandas as pd
 import pytest
 from fastai.vision.augment import CropPad, Resize
+from fastai.vision.core import PILImage
 from PIL import Image
 from conftest import photograph, two_classes
 
+from fd_focus.data.items import paper_transforms
 from fd_focus.data.loaders import FocusDataLoaders
 from fd_focus.data.pictures import DataWarning, ReducedPictures, open_image
 from fd_focus.data.tables import folder_table
 from fd_focus.training.run import Settings, make_learner
+from fd_focus.use.predict import prepare
 
 pytestmark = pytest.mark.usefixtures("no_memory_of_earlier_checks")
 
@@ -324,3 +327,18 @@ def test_pictures_put_aside_are_seen_by_nobody(folder):
     assert len(dls.aside) and not seen & set(dls.aside.file) and set(dls.aside.label) == set(dls.vocab)
     assert seen | set(dls.aside.file) == {str(item) for ds in (alone.train_ds, alone.valid_ds) for item in ds.items}
     assert not len(alone.aside)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (2, 90), (90, 2)])
+def test_a_picture_one_pixel_wide_has_that_pixel(size):
+    "At any side, also where rounding would leave none; in validation it is what prediction sees."
+    picture = PILImage.create(np.random.default_rng(0).integers(50, 256, (*size[::-1], 3), dtype=np.uint8))
+    for side in (7, 43, 49, 86, 224, 448):
+        for split, crop_scale in ((0, None), (0, .2), (1, None)):
+            seen = picture
+            for transform in paper_transforms(side, squash=False, crop_scale=crop_scale):
+                seen = transform(seen, split_idx=split)
+            assert seen.size == (side, side) and np.asarray(seen).min() >= 50
+        resize = round(side * 8 / 7)
+        want, _ = prepare(picture, (resize, resize), (side, side), squash=False)
+        assert np.array_equal(np.asarray(seen), np.asarray(want))

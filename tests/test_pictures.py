@@ -411,3 +411,11 @@ def test_a_picture_is_kept_whole_or_not_at_all(tmp_path, monkeypatch):
     for reader in readers: reader.start()
     for reader in readers: reader.join()
     assert [file.suffix for file in (tmp_path / "kept").iterdir()] == [".jpg"]
+
+
+def test_a_check_says_nothing_in_a_log(tmp_path, monkeypatch, capsys):
+    "A bar would fill the log with carriage returns."
+    files = [tmp_path / f"{i}.jpg" for i in range(600)]
+    for file in files: file.write_bytes(b"x")
+    monkeypatch.setattr("fd_focus.data.pictures._look", lambda file: (file.name, None))
+    assert len(check_images(files)[1]) == 600 and capsys.readouterr() == ("", "")

@@ -11,6 +11,7 @@ import hashlib
 import io
 import os
 import sqlite3
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ import numpy as np
 import pandas as pd
 from fastai.vision.core import PILImage
 from fastcore.basics import patch
+from fastcore.imports import IN_NOTEBOOK
 from fastprogress.fastprogress import progress_bar
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
@@ -261,9 +263,13 @@ def _stats(files: list[Path]) -> tuple[dict, dict[Path, str]]:
     return stats, bad
 
 # %% ../../nbs/20_pictures.ipynb #60_data014
+def _moves(stream) -> bool:
+    "Whether a bar can move there: on a terminal or in a notebook, but not in a log."
+    return IN_NOTEBOOK or (hasattr(stream, "isatty") and stream.isatty())
+
 def check_images(
     files: list[Path],           # picture files
-    progress: bool = True,       # show a bar where there are many
+    progress: bool = True,       # show a bar where there are many, and where it can move
 ) -> tuple[dict[Path, str], dict[Path, str]]:   # what is wrong, by file; fingerprint, by file that is good
     "Decode every file once and say which cannot be read. Good files are remembered, broken ones are looked at again."
     files, checked, fresh = [Path(file) for file in files], _Checked(), []
@@ -272,8 +278,8 @@ def check_images(
     todo = [file for file in stats if file not in prints]
     try:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:      # decoders let go of the interpreter's lock
-            found = zip(todo, pool.map(_look, todo))
-            if progress and len(todo) > 500: found = progress_bar(found, total=len(todo), leave=False)
+            found, shown = zip(todo, pool.map(_look, todo)), progress and len(todo) > 500 and _moves(sys.stdout)
+            if shown: found = progress_bar(found, total=len(todo), leave=False)
             for file, (fingerprint, why) in found:
                 if why is not None: bad[file] = why; continue
                 prints[file] = fingerprint

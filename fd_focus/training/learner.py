@@ -31,12 +31,11 @@ from fastai.torch_core import find_bs, params
 from fastai.vision.core import TensorImage
 from fastcore.basics import patch
 from fastcore.foundation import L
-from fastcore.imports import IN_NOTEBOOK
 from torch import Tensor, nn
 
 from ..bodies import create_body, is_own
 from ..data.items import own_random
-from ..data.pictures import DataWarning
+from ..data.pictures import DataWarning, _moves
 from ..draw import plot_focus
 from ..loss import FocusLoss
 from ..methods import METHODS, Look, Method, bare, build_method, method_options
@@ -238,8 +237,6 @@ class EpochLines(Callback):
         print("  ".join(map(str.ljust, words, widths)).rstrip(), flush=True)
     def after_fit(self):
         if self.run: self.learn.logger = self.before
-
-def _moves(stream) -> bool: return IN_NOTEBOOK or (hasattr(stream, "isatty") and stream.isatty())
 
 # %% ../../nbs/30_learner.ipynb #30_learner_106
 @patch
