@@ -38,6 +38,7 @@ from .use.model_folder import load_focus, push_to_hub, save_focus
 from .use.predict import FocusClassifier, FocusPipeline, Prediction, draw_prediction
 from .use.evaluate import Evaluation, evaluate, labelled_pictures
 from .use.export import check_parity, export_model
-from .use.app import Explanation, build_app, explain, focus_widget, launch_app
+from .use.answer import Explanation, explain
+from .use.app import build_app, focus_widget, launch_app
 
 __all__ = sorted(name for name in globals() if not name.startswith("_"))

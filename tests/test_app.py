@@ -1,4 +1,5 @@
 "The app in a real browser, its handler with every kind of picture, and the notebook widget."
+import io
 import json
 import os
 import shutil
@@ -9,6 +10,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,9 +19,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile, PngImagePlugin
 
-from fd_focus.use.app import about, attempt, build_app, cut_zooms, draw_heat, example_files, explain, fit, focus_widget
+from fd_focus.use.answer import attempt, cut_zooms, draw_heat, explain, fit
+from fd_focus.use.app import _Guard, _names, about, build_app, example_files, focus_widget, launch_app
 from fd_focus.use.cli import fd_focus_app
 from fd_focus.data.loaders import FocusDataLoaders
 from fd_focus.use.model_folder import load_focus, save_focus
@@ -88,7 +92,7 @@ def page(folder, place):
         time.sleep(.2)
     yield f"http://127.0.0.1:{port}"
     process.send_signal(signal.SIGINT)
-    process.wait(20)
+    process.wait(60)
     assert "Traceback" not in log.read_text()
 
 
@@ -293,6 +297,146 @@ def test_only_uploads_and_examples_are_opened(page, classifier, folder, place):
     )
 
 
+def call(address, method="GET", body=None, **headers):
+    "Status, headers and text of what the server answers."
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    request = urllib.request.Request(address, body, headers, method=method)
+    try: answer = urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60)
+    except urllib.error.HTTPError as error: answer = error
+    return answer.status, {name.lower(): value for name, value in answer.headers.items()}, answer.read()
+
+
+@pytest.mark.parametrize("path", ["/", "/config", "/theme.css", "/gradio_api/info", "/nothing"])
+def test_headers_that_guard_the_page(page, path):
+    for more in ({}, dict(Host="evil.example"), dict(Origin="https://evil.example")):
+        headers = call(page + path, **more)[1]
+        assert headers["x-content-type-options"] == "nosniff" and headers["x-frame-options"] == "DENY"
+        assert "frame-ancestors 'none'" in headers["content-security-policy"]
+        assert headers["referrer-policy"] == "same-origin"
+        assert not [name for name in headers if name.startswith("access-control-")]
+
+
+def test_only_its_own_names_are_answered(page):
+    port = page.rsplit(":")[-1]
+    for host in (f"127.0.0.1:{port}", f"localhost:{port}", "LOCALHOST", f"[::1]:{port}"):
+        assert call(page + "/config", Host=host)[0] == 200, host
+    for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "evil.example@127.0.0.1",
+                 "127.0.0.1/evil.example", "10.0.0.1", "", "[", ":7860"):
+        status, _, text = call(page + "/config", Host=host)
+        assert status == 403 and b"--hosts NAME" in text and b"evil" not in text, host
+    for host in ("evil.example", "localhost, evil.example"):
+        assert call(page + "/config", X_Forwarded_Host=host)[0] == 403
+
+
+def photo_events(page):
+    "Numbers of the events that take a photograph."
+    config = json.load(get(f"{page}/config"))
+    photo = next(c["id"] for c in config["components"] if c["props"].get("elem_id") == "photo")
+    return [event["id"] for event in config["dependencies"] if event["inputs"] == [photo]]
+
+
+def test_other_pages_may_not_ask(page):
+    body = json.dumps(dict(data=[None], fn_index=photo_events(page)[0], session_hash="x")).encode()
+    join, kind = f"{page}/gradio_api/queue/join", "application/json"
+    for origin in ("https://evil.example", "null", "http://localhost:1", "http://127.0.0.1.evil.example", "file://"):
+        for method in ("POST", "OPTIONS", "DELETE"):
+            more = dict(Access_Control_Request_Method="POST") if method == "OPTIONS" else {}
+            assert call(join, method, body, Origin=origin, Content_Type=kind, **more)[0] == 403, (origin, method)
+        assert call(f"{page}/gradio_api/upload", "POST", b"", Origin=origin)[0] == 403
+        assert call(f"{page}/config", Origin=origin)[0] == 200         # as any program may ask; no page can read it
+    assert call(join, "POST", body, Origin=page, Content_Type=kind)[0] == 200
+
+
+def test_names_of_a_server_for_others():
+    "Its address, whatever that is; its own name; those it was told. Not a name that somebody made to lead here."
+    own = socket.gethostname()
+    guard = _Guard(None, _names("0.0.0.0", ["Birds.example"]), ["birds.example"])
+    for host in ("10.0.0.1:7860", "[fe80::1]:7860", "localhost:7860", own, f"{own}.local:80", "BIRDS.example:80"):
+        assert guard.knows(host), host
+    for host in ("evil.example", "10.0.0.1.evil.example", f"{own}.evil.example", "any number", ""):
+        assert not guard.knows(host), host
+    behind = dict(host="127.0.0.1:7860", origin="https://birds.example")          # a proxy that keeps no Host
+    assert not guard.refuses(behind, "POST") and guard.refuses(behind | dict(origin="https://evil.example"), "POST")
+    assert not guard.refuses(dict(host="birds.example", origin="https://birds.example"), "POST")
+    guard = _Guard(None, _names("127.0.0.1", ["*"]), ["*"])
+    assert guard.knows("evil.example") and not guard.refuses(dict(host="a", origin="http://b"), "POST")
+    assert not _Guard(None, _names("birdbox", []), []).refuses(dict(host="birdbox:7860"), "GET")
+
+
+def test_a_server_for_others(classifier, monkeypatch, place):
+    pytest.importorskip("gradio", reason="gradio is not installed: pip install 'fd_focus[app]'")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(place / "others"))
+    app, port = build_app(classifier), free_port()
+    url = launch_app(app, "0.0.0.0", port, hosts=["birds.example"])
+    try:
+        for host in ("birds.example", f"10.1.2.3:{port}", "localhost"):
+            assert call(f"{url}config", Host=host)[0] == 200, host
+        assert call(f"{url}config", Host="evil.example")[0] == 403
+        assert call(f"{url}gradio_api/upload", "POST", b"", Origin="https://birds.example")[0] != 403
+    finally: app.close(verbose=False)
+
+
+def test_sixty_at_once_wait_in_line(page, place):
+    event = photo_events(page)[0]
+    file = io.BytesIO()
+    bird(2, 64).save(file, "png")
+    sent = dict(path=json.load(send(page, file.getvalue()))[0], meta={"_type": "gradio.FileData"})
+    with ThreadPoolExecutor(60) as pool: answers = list(pool.map(lambda _: asked(page, event, sent), range(60)))
+    assert all("data-label=" in answer["data"][0] for answer in answers)
+
+
+@pytest.fixture
+def offered(classifier, folder, tmp_path):
+    "A model folder whose `examples/` holds what somebody else has put there."
+    folder = shutil.copytree(folder, tmp_path / "model")
+    exif = Image.Exif()
+    exif[0x010E] = "a secret place"
+    bird(7).save(folder / "examples" / "told.jpg", exif=exif)
+    bird(8).save(tmp_path / "private.jpg")
+    for name, target in (("passwd.jpg", "/etc/passwd"), ("private.jpg", tmp_path / "private.jpg"),
+                         ("zero.png", "/dev/zero"), ("dots.jpg", "../../private.jpg"), ("gone.jpg", "gone"),
+                         ("folder.jpg", "/etc"),
+                         ("weights.png", "../model.safetensors"), ("loop.jpg", "loop.jpg")):
+        (folder / "examples" / name).symlink_to(target)
+    (folder / "examples" / "within.jpg").symlink_to("bird0.jpg")
+    (folder / "examples" / "text.jpg").write_text("root:x:0:0")
+    (folder / "examples" / "sub.jpg").mkdir()
+    os.mkfifo(folder / "examples" / "pipe.jpg")
+    Image.new("1", (6000, 6000)).save(folder / "examples" / "bomb.png")
+    with open(folder / "examples" / "long.jpg", "wb") as file: file.truncate(2**33)
+    return folder
+
+
+def test_examples_are_pictures_of_the_folder(offered):
+    with pytest.warns(UserWarning, match="is left out: it is no picture of this folder that can be read") as told:
+        found = example_files(offered)
+    assert [file.name for file in found] == ["bird0.jpg", "bird5.jpg", "told.jpg", "within.jpg"]
+    assert len(told) == 13
+    shutil.move(offered / "examples", offered.parent / "elsewhere")
+    (offered / "examples").symlink_to(offered.parent / "elsewhere")            # the folder itself is a link
+    with pytest.warns(UserWarning, match="left out"): assert example_files(offered) == []
+
+
+def test_the_page_serves_copies_of_examples(classifier, offered, monkeypatch, place):
+    "Of their pixels alone; whatever becomes of the file, the page has no other."
+    pytest.importorskip("gradio", reason="gradio is not installed: pip install 'fd_focus[app]'")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(place / "copies"))
+    with pytest.warns(UserWarning, match="left out"): files = example_files(offered)
+    app = build_app(classifier, files)
+    for file in files: file.unlink(); file.symlink_to("/etc/passwd")
+    url = launch_app(app, port=free_port())
+    try:
+        text = call(f"{url}config")[2].decode()
+        paths = {word.split('"')[0] for word in text.split('"path":"')[1:] if word[0] == "/"}
+        assert len(paths) == 4 and "/etc" not in text and str(offered) not in text
+        for path in paths:
+            status, headers, content = call(f"{url}gradio_api/file={path}")
+            assert status == 200 and b"secret" not in content and b"root" not in content
+            assert Image.open(io.BytesIO(content)).size == (240, 240)
+        assert call(f"{url}gradio_api/file={offered}/examples/bird0.jpg")[0] in (403, 404)
+    finally: app.close(verbose=False)
+
+
 def test_it_listens_on_this_machine_alone(page):
     if not Path("/proc/net/tcp").is_file(): pytest.skip("no /proc/net/tcp to look at")
     port = f"{int(page.rsplit(':')[-1]):04X}"
@@ -326,6 +470,51 @@ def test_any_picture(classifier, tmp_path, make):
         and max(found.regions.size) == 640
         and len(found.zooms) == len(found.prediction.boxes)
     )
+
+
+@pytest.mark.parametrize("kind, size, min_side", [
+    ("png", (900, 700), 73), ("jpg", (900, 700), 73), ("jpg", (5000, 4400), 73), ("png", (900, 700), None),
+    ("tif", (900, 700), 73)])
+def test_a_picture_is_decoded_once(classifier, tmp_path, monkeypatch, kind, size, min_side):
+    bird().resize(size).save(tmp_path / f"x.{kind}")
+    monkeypatch.setattr(classifier, "min_side", min_side)
+    want, decoded, prepare = classifier.predict(tmp_path / f"x.{kind}"), [], ImageFile.ImageFile.load_prepare
+    monkeypatch.setattr(ImageFile.ImageFile, "load_prepare", lambda self: (decoded.append(self.size), prepare(self)))
+    text, found = attempt(classifier, tmp_path / f"x.{kind}", "x")
+    assert len(decoded) == 1 and decoded[0][0] <= 900 and found.prediction.size == size[::-1]
+    assert found.prediction.probabilities.equal(want.probabilities)             # as the command says it
+
+
+@pytest.mark.parametrize("kind", ["png", "tif", "gif"])
+def test_a_picture_that_unfolds_is_refused(classifier, tmp_path, kind, monkeypatch):
+    "Before it is decoded: 36 million pixels in a few kilobytes."
+    Image.new("1", (6000, 6000)).save(tmp_path / f"x.{kind}")
+    def refuse(self): raise AssertionError("it was decoded")
+    monkeypatch.setattr(ImageFile.ImageFile, "load_prepare", refuse)
+    text, found = attempt(classifier, tmp_path / f"x.{kind}", "x")
+    assert found is None and "million: perhaps a decompression bomb. Shrink the picture" in text
+
+
+def chunk(kind, data): return len(data).to_bytes(4) + kind + data + zlib.crc32(kind + data).to_bytes(4)
+
+
+def test_much_beside_the_pixels_costs_nothing(classifier, tmp_path):
+    "A PNG with megabytes of text, or text that unfolds to gigabytes, and a JPEG with as much EXIF as it can hold."
+    text = PngImagePlugin.PngInfo()
+    text.add_text("note", "x" * 2_000_000)
+    bird().save(tmp_path / "text.png", pnginfo=text)
+    plain = io.BytesIO()
+    bird().save(plain, "png")
+    bomb = chunk(b"zTXt", b"note\0\0" + zlib.compress(bytes(100_000_000)))
+    (tmp_path / "bomb.png").write_bytes(plain.getvalue()[:33] + 4 * bomb + plain.getvalue()[33:])
+    profile = chunk(b"iCCP", b"icc\0\0" + zlib.compress(bytes(100_000_000)))
+    (tmp_path / "profile.png").write_bytes(plain.getvalue()[:33] + profile + plain.getvalue()[33:])
+    exif = Image.Exif()
+    exif[0x010E] = "x" * 65_000
+    bird().save(tmp_path / "exif.jpg", exif=exif)
+    for name in ("text.png", "bomb.png", "exif.jpg"):
+        assert attempt(classifier, tmp_path / name, name)[1], name
+    attempt(classifier, tmp_path / "profile.png", "profile.png")           # an answer or a word, but no error
 
 
 def test_a_turned_photograph_is_upright(classifier, tmp_path):
@@ -464,16 +653,14 @@ def test_a_large_photograph_is_explained(classifier, tmp_path, monkeypatch, size
     "Of more pixels than PIL decodes: none of the drawings needs them all, and none differs."
     bird().resize(size, Image.Resampling.BICUBIC).save(tmp_path / "x.jpg")
     # Fixed regions: the body is not trained, and which of two near ties it prefers depends on the CPU.
-    predict, boxes = (
-        FocusClassifier.predict,
-        torch.tensor(
-            [[0.45, 0.63, 0.75, 0.93], [0.23, 0.63, 0.53, 0.93], [0.05, 0.23, 0.35, 0.53], [0.05, 0.45, 0.35, 0.75]]
-        )
-        * torch.tensor(size * 2),
+    predict = FocusClassifier.predict
+    boxes = torch.tensor(
+        [[0.45, 0.63, 0.75, 0.93], [0.23, 0.63, 0.53, 0.93], [0.05, 0.23, 0.35, 0.53], [0.05, 0.45, 0.35, 0.75]]
     )
-    monkeypatch.setattr(
-        FocusClassifier, "predict", lambda *args, **kwargs: replace(predict(*args, **kwargs), boxes=boxes)
-    )
+    def fixed(*args, **kwargs):
+        found = predict(*args, **kwargs)
+        return replace(found, boxes=boxes * torch.tensor(found.size[::-1] * 2))
+    monkeypatch.setattr(FocusClassifier, "predict", fixed)
     whole, prediction = Image.open(tmp_path / "x.jpg").convert("RGB"), classifier.predict(tmp_path / "x.jpg")
     image, moved = fit(whole, prediction)
     want = [draw_prediction(image, moved), draw_heat(image, moved), *cut_zooms(whole, prediction)]

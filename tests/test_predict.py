@@ -25,7 +25,7 @@ from fd_focus.data.pictures import DataWarning
 from fd_focus.use.model_folder import save_focus
 from fd_focus.methods import METHODS, Look, Method, register
 from fd_focus.training.learner import focus_learner
-from fd_focus.use.app import explain
+from fd_focus.use.answer import explain
 from fd_focus.use.files import Rows, find_pictures, predict_files
 from fd_focus.use.predict import FocusClassifier, Prediction, draw_prediction, open_any, prepare
 from fd_focus.toy import ToyBirds

@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
-from ..data.pictures import open_image, upright_size
+from ..data.pictures import _read, open_image, upright_size
 from ..methods import Method
 from ..regions import REGION_COLOURS
 from .model_folder import load_focus
@@ -55,8 +55,10 @@ def _array(source: np.ndarray | Tensor) -> np.ndarray:
 
 # %% ../../nbs/61_predict.ipynb #92_predict011f
 def _open_file(file, *bounds: int | None) -> tuple[Image.Image, tuple[int, int]]:
-    "A decoded file, perhaps at reduced scale, and its full (height, width)."
-    return open_image(file, *bounds), upright_size(file)[::-1]
+    "A file, decoded once, perhaps at reduced scale, and its full (height, width)."
+    image = open_image(file, *bounds)
+    whole = _read(file, lambda header: header.size)      # as it lies in the file
+    return image, (image.height, image.width) if sorted(whole) == sorted(image.size) else upright_size(file)[::-1]
 
 def _rewound(stream):
     "A binary stream that can go back to its start, as Pillow wants it: itself, or what it holds."
