@@ -220,6 +220,7 @@ def fd_focus_app(
     max_mb: float = 20.,      # largest upload, megabytes
     device: str = None,       # cpu, cuda, cuda:1, mps; not given: a GPU where there is one
     open_browser: bool = False,  # show the page at once
+    hosts: list[str] = None,  # names by which others know this machine, such as birds.example; '*': any
 ):
     "Serve a page that names what is on a photograph, says how sure it is, and shows where it looked."
     prepare()
@@ -228,7 +229,7 @@ def fd_focus_app(
     try: app = build_app(FocusClassifier.load(model, device), example_files(model))
     except (ModuleNotFoundError, RuntimeError) as error:     # no gradio; no room on the device
         sys.exit(f"fd_focus: {str(error).splitlines()[0]}")
-    url = launch_app(app, host, port, max_mb, open_browser)
+    url = launch_app(app, host, port, max_mb, open_browser, hosts or ())
     print(f"fd_focus: the app of {model} is at {url} (Ctrl-C ends it)", flush=True)
     if host not in ("127.0.0.1", "localhost", "::1"):
         print(f"fd_focus: it listens on {host}: whoever reaches this machine can use it", flush=True)
