@@ -285,3 +285,9 @@ def test_every_command_prints_every_name(monkeypatch):
 def test_errors_of_a_command_do_not_steer_the_terminal(tmp_path):
     said = fails("--data", tmp_path / "\x1b[2J\u202e", *TINY, "--out", tmp_path / "run")
     assert r"\x1b[2J\u202e" in said and "\x1b" not in said and "\u202e" not in said
+
+
+def test_names_of_pictures_that_are_no_utf8_have_a_digest_too():
+    "Each epoch's checkpoint has one; a training on such a folder ended there."
+    from fd_focus.training.checkpoint import _digest
+    assert _digest(["caf\udce9.png"]) != _digest(["caf\udce8.png"])

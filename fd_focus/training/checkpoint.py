@@ -176,7 +176,7 @@ def _digest(items) -> str:
     "Of the items' names; empty for items without one."
     nameless = lambda item: type(item).__str__ is object.__str__ and type(item).__repr__ is object.__repr__
     if any(map(nameless, items[:1])): return ""
-    return hashlib.sha256("\n".join(map(str, items)).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join(map(str, items)).encode(errors="surrogatepass")).hexdigest()[:16]
 
 def _labels(ds) -> list:
     "Of its items, in order; none where that is no list of categories."
