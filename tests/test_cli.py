@@ -287,7 +287,11 @@ def test_errors_of_a_command_do_not_steer_the_terminal(tmp_path):
     assert r"\x1b[2J\u202e" in said and "\x1b" not in said and "\u202e" not in said
 
 
-def test_names_of_pictures_that_are_no_utf8_have_a_digest_too():
-    "Each epoch's checkpoint has one; a training on such a folder ended there."
+def test_names_of_pictures_that_are_no_utf8_do_not_end_a_training(tmp_path):
+    "Each epoch's checkpoint has a digest of them; those that are left out are listed at the end."
+    from fd_focus.data.loaders import FocusDataLoaders
     from fd_focus.training.checkpoint import _digest
     assert _digest(["caf\udce9.png"]) != _digest(["caf\udce8.png"])
+    dls = FocusDataLoaders.from_toy(2, 1, image_size=48, n_classes=3, bs=2, num_workers=0)
+    dls.skipped = {Path("caf\udce9.png"): "caf\udce9.png cannot be read"}
+    assert b"caf\xe9.png,caf\xe9.png cannot" in dls.write_skipped(tmp_path).read_bytes()
