@@ -1,4 +1,5 @@
 "fd_focus_evaluate as a user types it."
+import json
 import os
 import subprocess
 import sys
@@ -9,11 +10,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import shaken
+from conftest import shaken, two_classes
 from PIL import Image
 
 from fd_focus.evidence.comparison import multiply_adds
-from fd_focus.use.cli import fd_focus_evaluate
+from fd_focus.use.cli import fd_focus_evaluate, fd_focus_train
 from fd_focus.use.evaluate import evaluate, labelled_pictures
 from fd_focus.use.predict import FocusClassifier
 from fd_focus.data.loaders import FocusDataLoaders
@@ -223,3 +224,34 @@ def test_an_accent_in_another_form_makes_no_other_class(tmp_path, known, given):
 def test_labels_of_a_table_are_those_of_the_model(model, pictures):
     with pytest.raises(ValueError, match="the table has pictures of jay, which the model does not know"):
         evaluate(at(model, 0), pictures.assign(label="jay"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    "A run that put pictures aside, and the folder that it was trained on."
+    folder = tmp_path_factory.mktemp("seen")
+    two_classes(folder / "photos")
+    fd_focus_train(data=str(folder / "photos"), test_pct=.25, arch="toy_resnet", image_size=64, epochs=1, bs=4,
+                   out=str(folder / "run"), examples=0)
+    return folder / "run", folder / "photos"
+
+
+def test_pictures_put_aside_are_judged_once(trained):
+    found = json.loads((trained[0] / "summary.json").read_text())
+    seen = pd.read_csv(trained[0] / "model" / "seen.csv")
+    assert found["test_images"] == 6 and len(seen) == 10 and set(seen.split) == {"train", "valid"}
+    assert found["test_interval"][0] <= found["test_accuracy"] <= found["test_interval"][1]
+
+
+def test_what_a_model_has_seen_does_not_judge_it(trained, tmp_path, capsys):
+    (run, photos), rows = trained, tmp_path / "rows.csv"
+    fd_focus_evaluate(model=str(run / "model"), folder=str(photos), out=str(rows))
+    said = capsys.readouterr().out
+    assert "trained on 8 of these 16 pictures, and 2 chose its settings: they are left out" in said
+    right = json.loads((run / "summary.json").read_text())["test_accuracy"]
+    assert f"{100 * right:.1f} % of 6 pictures right" in said and len(pd.read_csv(rows)) == 6
+    fd_focus_evaluate(model=str(run / "model"), folder=str(photos), seen=True)
+    assert "of 16 pictures right" in capsys.readouterr().out
+    for picture in pd.read_csv(rows).file: Path(picture).rename(tmp_path / f"{len(list(tmp_path.iterdir()))}.jpg")
+    fd_focus_evaluate(model=str(run / "model"), folder=str(photos))
+    assert "how well it remembers them" in (said := capsys.readouterr().out) and "of 10 pictures right" in said

@@ -122,6 +122,21 @@ def fd_focus_predict(
     nothing = not (tally.pictures or tally.before)
     if (tally.failed or nothing) and not _launched(rank, world): sys.exit(1)    # torchrun would end others
 
+# %% ../../nbs/67_cli.ipynb #67_cli_000
+def _unseen(pictures, model: str):
+    "The pictures that a model has not seen; all, and a word about it, where it has seen them all."
+    from fd_focus.use.seen import seen_before
+    known = seen_before(pictures.file, model)
+    trained, chose, n = known.count("train"), known.count("valid"), len(known)
+    if not trained + chose: return pictures
+    what = f"the model was trained on {trained} of these {n} pictures, and {chose} chose its settings"
+    if trained + chose == n:
+        print(f"{what}: this tells how well it remembers them, not how good it is. Judge it by others (fd_focus_train "
+              "--test_pct puts some aside)")
+        return pictures
+    print(f"{what}: they are left out (--seen judges by all)")
+    return pictures[[not split for split in known]].reset_index(drop=True)
+
 # %% ../../nbs/67_cli.ipynb #95_cli_eval1
 @command
 def fd_focus_evaluate(
@@ -130,6 +145,7 @@ def fd_focus_evaluate(
     split: str = None,        # only this part: the sub-folder, or the rows of split.csv, of this name, such as test
     out: str = None,          # CSV file, a row a picture: file, label, answer, probability, sure, looked_again, error
     csv_safe: bool = False,   # an apostrophe before names that a spreadsheet would compute (= + - @)
+    seen: bool = False,       # judge by pictures too that the model was trained on, or that chose its settings
     bs: int = 16,             # pictures a batch
     workers: int = 2,         # threads that open pictures
     device: str = None,       # cpu, cuda, cuda:1, ...; not given: a GPU where there is one
@@ -143,6 +159,7 @@ def fd_focus_evaluate(
         Path(out).parent.mkdir(parents=True, exist_ok=True)      # what cannot be made is known before the work
     classifier = FocusClassifier.load(model, device)
     pictures = labelled_pictures(folder, classifier.classes, split)
+    if not seen: pictures = _unseen(pictures, model)
     print(f"judging by {len(pictures)} pictures of {pictures.label.nunique()} classes", file=sys.stderr)
     print(found := evaluate(classifier, pictures, bs, workers))
     if not out: return

@@ -195,6 +195,21 @@ def _say_who_looks_again(learn, chosen, summary: dict, out: Path) -> None:
     print(f"{100 * chosen.share:.0f} % of the validation pictures look again: {100 * chosen.accuracy:.1f} % right; "
           f"{100 * chosen.one_look:.1f} % if nobody did, {100 * chosen.everybody:.1f} % if everybody did")
 
+# %% ../../nbs/66_commands.ipynb #66_commands_052
+def _judge_aside(learn, folder: Path) -> dict:
+    "How a saved model does on the pictures that test_pct put aside, for the summary; nothing where there are none."
+    aside = getattr(learn.dls, "aside", ())
+    if not len(aside): return {}
+    from fd_focus.use.evaluate import evaluate
+    from fd_focus.use.predict import FocusClassifier
+    from fd_focus.use.seen import seen_before
+    files = [str(Path(learn.dls.path) / name) for name in aside.file]
+    new = [not split for split in seen_before(files, folder)]           # copies of training pictures tell nothing
+    pictures = aside.assign(file=files)[new].reset_index(drop=True)
+    if not len(pictures): return {}
+    found = evaluate(FocusClassifier.load(folder, learn.dls.device), pictures)
+    return dict(test_accuracy=found.accuracy, test_interval=list(found.interval), test_images=len(pictures))
+
 # %% ../../nbs/66_commands.ipynb #66_commands_028
 def _leave(learn, table, summary: dict, out: Path, examples: int) -> bool:
     "Calibrate, and write model, card, examples, tables and figures. Tells whether it is calibrated."
@@ -212,6 +227,7 @@ def _leave(learn, table, summary: dict, out: Path, examples: int) -> bool:
         _say_who_looks_again(learn, calibration.look_again, summary, out)
         sure = dict(temperature=calibration.temperature, threshold=calibration.threshold)
     save_focus(learn, out / "model", metrics=dict(accuracy=summary["accuracy"]), settings=summary["settings"], **sure)
+    summary |= _judge_aside(learn, out / "model")
     if not learn.dls.write_skipped(out): (out / "skipped.csv").unlink(missing_ok=True)      # an earlier run's
     write_examples(learn, out / "model", examples)
     write_run(learn, table, summary, out)
@@ -224,6 +240,10 @@ def _say_last(settings: Settings, summary: dict, out: Path, calibrated: bool) ->
     kept, trained, right = summary["weights_of_epoch"], summary["epochs_trained"], 100 * summary["accuracy"]
     print(f"{settings.method}: {right:.1f} % of {summary['valid_images']} {judges(summary)} pictures right, "
           f"{summary['seconds']:.0f} s, {summary['images_per_second']:.0f} images/s; report in {out}")
+    if "test_accuracy" in summary:
+        low, high = (100 * share for share in summary["test_interval"])
+        print(f"{100 * summary['test_accuracy']:.1f} % of the {summary['test_images']} pictures put aside are right "
+              f"(95 % interval {low:.1f} to {high:.1f}); nothing was trained or chosen on them")
     if calibrated and judges(summary) == "test":
         print("the model's temperature and threshold were fitted on these test pictures: only others can tell how well "
               "calibrated it is")

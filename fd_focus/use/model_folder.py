@@ -35,6 +35,7 @@ from ..training.learner import FocusLearner
 from ..training.run import versions
 from .config import (
     _FIGURE, _NO_ARGUMENTS, _check_options, _share, check_config, read_json, write_card)
+from .seen import note_seen
 
 # %% ../../nbs/60_model_folder.ipynb #90_export011
 def preparation(
@@ -219,6 +220,7 @@ def save_focus(
     config["sha256"] = _sha256(folder / "model.safetensors")
     put(folder / "config.json", lambda p: p.write_text(json.dumps(config, indent=1), encoding="utf-8"))
     if picture is None: (folder / "regions.png").unlink(missing_ok=True)
+    note_seen(dls, folder)
     write_card(folder, picture)
     return folder
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..data.pictures import check_images
+from ..training.checkpoint import put
 
 # %% ../../nbs/59_seen.ipynb #59_seen_006
 def note_seen(
@@ -22,7 +23,8 @@ def note_seen(
     if not prints:
         file.unlink(missing_ok=True)           # of a model that was here before
         return None
-    pd.DataFrame(dict(print=prints, split=list(dls.table.split))).to_csv(file, index=False)
+    table = pd.DataFrame(dict(print=prints, split=list(dls.table.split)))
+    put(file, lambda part: table.to_csv(part, index=False))
     return file
 
 # %% ../../nbs/59_seen.ipynb #59_seen_009
