@@ -192,8 +192,7 @@ def write_skipped(self: FocusDataLoaders,
     "Write the list of pictures that were left out, and why."
     if not getattr(self, "skipped", None): return None
     file = Path(folder) / "skipped.csv"
-    rows = pd.DataFrame([(str(f), why) for f, why in self.skipped.items()], columns=["file", "why"])
-    rows.to_csv(file, index=False, errors="surrogateescape")       # names that are no UTF-8 stay as they are
+    pd.Series(self.skipped, name="why").rename_axis("file").to_csv(file, errors="surrogateescape")
     return file
 
 # %% ../../nbs/25_loaders.ipynb #60_data038i
