@@ -373,6 +373,8 @@ def test_a_server_for_others(classifier, monkeypatch, place):
             assert call(f"{url}config", Host=host)[0] == 200, host
         assert call(f"{url}config", Host="evil.example")[0] == 403
         assert call(f"{url}gradio_api/upload", "POST", b"", Origin="https://birds.example")[0] != 403
+        for address in ("http://example.com/x.png", "HTTPS://example.com", "%68ttp://example.com"):
+            assert call(f"{url}gradio_api/file={address}")[0] == 403           # it fetches nothing for a visitor
     finally: app.close(verbose=False)
 
 

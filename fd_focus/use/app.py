@@ -200,8 +200,9 @@ class _Guard:
         try: return "any number" in self.names and bool(ipaddress.ip_address(name))
         except ValueError: return False
 
-    def refuses(self, headers, method: str) -> str:
+    def refuses(self, headers, method: str, path: str = "") -> str:
         "Why a request is refused, or ''."
+        if "file=http" in path.lower(): return "This app hands out files of its own alone."     # Gradio would fetch any
         forwarded = headers.get("x-forwarded-host", "")          # Gradio believes it
         called = [headers.get("host", ""), *(name.strip() for name in forwarded.split(",") if forwarded)]
         if not all(map(self.knows, called)):
@@ -221,7 +222,7 @@ class _Guard:
                 headers.update(_HEADERS)
             await send(message)
         if scope["type"] not in ("http", "websocket"): return await self.server(scope, receive, send)
-        why = self.refuses(Headers(scope=scope), scope.get("method", "GET"))
+        why = self.refuses(Headers(scope=scope), scope.get("method", "GET"), scope["path"])
         await (PlainTextResponse(why, 403) if why else self.server)(scope, receive, answer)
 
 # %% ../../nbs/65_app.ipynb #97_app071
