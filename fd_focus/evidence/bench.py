@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'SECTIONS', 'QUICK', 'exponent', 'locating', 'growth', 'bench_growth', 'option_step', 'bench_options',
-           'jpeg', 'bench_reading', 'EpochParts', 'bench_epoch', 'bars', 'bench', 'report']
+           'jpeg', 'bench_reading', 'EpochParts', 'bench_epoch', 'bars', 'report', 'bench']
 
 # %% ../../nbs/56_bench.ipynb #85_bench003
 import json
@@ -222,6 +222,20 @@ def bars(results: dict) -> list[dict]:
         for name in ("step, batch", "locating, batch"): bar(f"exponent of time, {name}", g[name]["time_exponent"], 1.05)
     return rows
 
+# %% ../../nbs/56_bench.ipynb #85_bench027d
+def report(results: dict) -> str:
+    "The results as text: machine, stages, bars."
+    m, kind = results["machine"], " (quick run: a toy network)" if results.get("quick") else ""
+    lines = [f"{m['gpu'] or m['processor']}, {m['threads']} threads, torch {m['versions']['torch']}, "
+             f"load {m['load']} before the start{kind}"]
+    if s := results.get("step"):
+        lines += ["", f"{'stage':14s} {'seconds':>9s} {'share':>7s}"]
+        lines += [f"{row['stage']:14s} {row['seconds']:9.4f} {100 * row['share']:6.2f} %" for row in s["stages"]]
+    lines += ["", f"{'':62s} {'value':>8s} {'bar':>8s}"]
+    lines += [f"{b['what']:62s} {b['value']:8.3f} {b['bar']:>8s} {'' if b['met'] else '  not met'}"
+              for b in results.get("bars", [])]
+    return "\n".join(lines)
+
 # %% ../../nbs/56_bench.ipynb #56_bench_011
 def _read_results(out) -> dict:
     "What is in the file; empty without one. ValueError where it is another program's, or another version's."
@@ -290,17 +304,3 @@ def bench(
         torch.set_num_threads(threads)
     if out: Path(out).parent.mkdir(parents=True, exist_ok=True)
     with alone(out) if out else nullcontext(): return _measure(out, only, quick, device, repeats, data, say)
-
-# %% ../../nbs/56_bench.ipynb #85_bench027d
-def report(results: dict) -> str:
-    "The results as text: machine, stages, bars."
-    m, kind = results["machine"], " (quick run: a toy network)" if results.get("quick") else ""
-    lines = [f"{m['gpu'] or m['processor']}, {m['threads']} threads, torch {m['versions']['torch']}, "
-             f"load {m['load']} before the start{kind}"]
-    if s := results.get("step"):
-        lines += ["", f"{'stage':14s} {'seconds':>9s} {'share':>7s}"]
-        lines += [f"{row['stage']:14s} {row['seconds']:9.4f} {100 * row['share']:6.2f} %" for row in s["stages"]]
-    lines += ["", f"{'':62s} {'value':>8s} {'bar':>8s}"]
-    lines += [f"{b['what']:62s} {b['value']:8.3f} {b['bar']:>8s} {'' if b['met'] else '  not met'}"
-              for b in results.get("bars", [])]
-    return "\n".join(lines)
