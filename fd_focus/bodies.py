@@ -8,6 +8,7 @@ __all__ = ['IMAGENET_STATS', 'feature_shape', 'toy_resnet', 'cut_layers', 'is_ow
 
 # %% ../nbs/14_bodies.ipynb #14_bodies_003
 import copy
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,7 +129,8 @@ def _from_timm(name: str, pretrained: bool, **kwargs) -> tuple[nn.Module, list, 
     except ImportError:
         raise ValueError(f"arch={name!r} is no model of torchvision; for timm's models: pip install timm") from None
     if not timm.is_model(name):
-        similar = ", ".join(timm.list_models(f"*{name[:6]}*")[:8]) or "none"
+        known = {*torchvision.models.list_models(), *timm.list_models()}
+        similar = ", ".join(difflib.get_close_matches(name, sorted(known), 5)) or "none"
         raise ValueError(f"arch={name!r} is no model of torchvision or timm; similar: {similar}")
     try: model = timm.create_model(name, pretrained=pretrained, num_classes=0, global_pool="", **kwargs)
     except (AssertionError, TypeError) as error:      # timm's way to say that a model has no such argument

@@ -7,6 +7,7 @@ __all__ = ['fd_focus_predict', 'fd_focus_evaluate', 'fd_focus_export', 'fd_focus
 
 # %% ../../nbs/67_cli.ipynb #95_cli003
 import os
+import re
 import sys
 from contextlib import nullcontext
 from functools import reduce
@@ -86,6 +87,16 @@ def _write_rows(classifier, files, out: Path | None, kind: str, header: bool, re
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
 
+# %% ../../nbs/67_cli.ipynb #67_cli_001
+def _check_model(model: str) -> None:
+    "FileNotFoundError for a model folder that is none: known in a second, before torch is imported."
+    place = Path(model)
+    if (place / "config.json").exists(): return
+    if (place / "model" / "config.json").exists():
+        raise FileNotFoundError(f"{model} is the folder of a run; its model is {place / 'model'}")
+    on_the_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not place.parent.exists()
+    if not (place.exists() or on_the_hub): raise FileNotFoundError(f"no model folder {model}")
+
 # %% ../../nbs/67_cli.ipynb #67_cli_003
 @command
 def fd_focus_predict(
@@ -104,6 +115,7 @@ def fd_focus_predict(
 ):
     """Classify pictures: one row each with class, probability, looks, top 5, regions and their attention.
     The exit status is 1 if any failed, but 0 under torchrun."""
+    _check_model(model)
     prepare()
     from fd_focus.use.files import check_kind, find_pictures, listed
     from fd_focus.use.predict import FocusClassifier, check_batches
@@ -151,6 +163,7 @@ def fd_focus_evaluate(
     device: str = None,       # cpu, cuda, cuda:1, ...; not given: a GPU where there is one
 ):
     "Judge a model on labelled pictures: accuracy, how often sure and right, cost of an answer, confusions."
+    _check_model(model)
     prepare()
     from fd_focus.use.evaluate import evaluate, labelled_pictures
     from fd_focus.use.predict import FocusClassifier
@@ -191,6 +204,7 @@ def fd_focus_export(
     n: int = 64,              # compare on so many pictures at most
 ):
     "Write the model as one graph, image in, probabilities and regions out, and check that it answers as PyTorch does."
+    _check_model(model)
     prepare()
     from fd_focus.use.export import FORMATS, check_parity, export_model, run_exported
     from fd_focus.use.model_folder import load_focus
@@ -240,6 +254,7 @@ def fd_focus_app(
     hosts: list[str] = None,  # names by which others know this machine, such as birds.example; '*': any
 ):
     "Serve a page that names what is on a photograph, says how sure it is, and shows where it looked."
+    _check_model(model)
     prepare()
     from fd_focus.use.app import build_app, example_files, launch_app
     from fd_focus.use.predict import FocusClassifier

@@ -8,6 +8,7 @@ __all__ = ['IMPORTED', 'any_name', 'explained', 'import_own', 'command', 'fd_foc
 
 # %% ../../nbs/66_commands.ipynb #66_commands_004
 import builtins
+import difflib
 import codecs
 import importlib
 import os
@@ -106,14 +107,16 @@ def _default_preset(asked: dict) -> str:
 @command(groups=GROUPS)
 def fd_focus_train(
     config: str = None,       # YAML file of settings, such as the settings.yaml of a run; flags win over it
-    preset: str = None,       # defaults for a purpose: photos, paper or none; the file and flags win over it (photos;
-                              # none where the body starts from random weights)
+    preset: str = None,       # defaults: photos, paper or none; file and flags win (photos; none from random weights)
     out: str = None,          # folder for the report and the model (runs/train)
     examples: int = None,     # validation pictures to put into model/examples/, which the app offers; 0: none (4)
     resume: bool = False,     # go on with the unfinished run in `out`, with its settings
     **settings,               # any of `Settings`
 ):
     "Train a method on pictures, and write a report: summary.json, settings.yaml, metrics.csv, figures, model/."
+    if not (config or preset or out or resume or settings):
+        raise ValueError("say what to learn: --data FOLDER, with a sub-folder a class, or --data toy for drawn birds; "
+                         "--help has the rest")
     asked = read_settings(config, ("preset", "out")) if config else {}
     asked |= settings | (dict(preset=preset) if preset else {})
     written = asked.pop("out", None)
@@ -277,7 +280,18 @@ def prepare() -> None:
     from fd_focus.training.speed import keep_memory
     keep_memory()                # a fifth of a CPU's time went into clearing new pages
 
+def _check_files(settings: Settings) -> None:
+    "FileNotFoundError for data or weights that are not there: known in a second, before torch is imported."
+    if settings.weights and not Path(settings.weights).is_file():
+        raise FileNotFoundError(f"no file of weights {settings.weights}")
+    place = Path(settings.data)
+    if settings.data == "toy" or place.exists(): return
+    there = [entry.name for entry in place.parent.iterdir() if entry.is_dir()] if place.parent.is_dir() else []
+    near = difflib.get_close_matches(place.name, there, 1)
+    raise FileNotFoundError(f"no folder {place}" + (f"; did you mean {place.parent / near[0]}?" if near else ""))
+
 def _train(asked: dict, out: Path, examples: int | None, resume: bool) -> None:
+    if not resume: _check_files(make_settings(asked))
     prepare()
     if (examples or 0) < 0: raise ValueError(f"examples={examples}; use a number of pictures, or 0 for none")
     first = not int(os.environ.get("RANK", 0))
