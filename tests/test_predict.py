@@ -276,7 +276,7 @@ def test_temperature_and_threshold(birds, tmp_path):
     assert torch.allclose((cold.probabilities.log() / 3).softmax(-1), warm.probabilities, atol=1e-5)
     assert cold.sure is None and warm.sure is (warm.probability >= .4) and warm.label == cold.label
     for threshold, sure in ((0., True), (2., False)):                         # 2: no answer is sure, however probable
-        folder = save_focus(learn, tmp_path / f"{threshold}", temperature=1e-4, threshold=threshold)
+        folder = save_focus(learn, tmp_path / f"{threshold}", temperature=1e-3, threshold=threshold)
         found = FocusClassifier.load(folder, "cpu").predict(file)
         assert found.sure is sure and found.probability == 1
         assert ("not sure" in repr(found)) is not sure

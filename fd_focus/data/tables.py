@@ -81,7 +81,7 @@ def stratified_split(
     seed: int = 0,
 ) -> np.ndarray:              # bool, True for validation
     "Set aside the same share of every class; each class with two pictures or more keeps at least one on either side."
-    if not 0 < valid_pct < 1: raise ValueError(f"a share of {valid_pct}; use one between 0 and 1")
+    if not 0 < valid_pct < 1: raise ValueError(f"{valid_pct} of the pictures: use a share between 0 and 1")
     rng, chosen = np.random.default_rng(seed), np.zeros(len(labels), bool)
     for _, places in sorted(pd.Series(np.arange(len(labels))).groupby(np.asarray(labels)).indices.items()):
         n = int(np.clip(round(len(places) * valid_pct), min(1, len(places) - 1), max(len(places) - 1, 0)))

@@ -206,6 +206,7 @@ def fd_focus_export(
     "Write the model as one graph, image in, probabilities and regions out, and check that it answers as PyTorch does."
     _check_model(model)
     prepare()
+    from fd_focus.training.checkpoint import alone
     from fd_focus.use.export import FORMATS, check_parity, export_model, run_exported
     from fd_focus.use.model_folder import load_focus
     from fd_focus.use.predict import FocusClassifier
@@ -215,12 +216,13 @@ def fd_focus_export(
         raise ValueError(f"--out {file}: a file of format {format} ends in {FORMATS[format]}")
     net = load_focus(model)
     pixels = _pixels(FocusClassifier(net, "cpu"), images, n)
-    part = export_model(net, file.with_name(f".{file.stem}.unchecked{file.suffix}"), format, opset)
-    try:
-        parity = check_parity(net, run_exported(part), pixels)
-        if not parity.ok: raise ValueError(f"the exported graph does not answer as PyTorch does: {parity}")
-        part.replace(file)
-    finally: part.unlink(missing_ok=True)
+    with alone(file):
+        part = export_model(net, file.with_name(f".{file.stem}.unchecked{file.suffix}"), format, opset)
+        try:
+            parity = check_parity(net, run_exported(part), pixels)
+            if not parity.ok: raise ValueError(f"the exported graph does not answer as PyTorch does: {parity}")
+            part.replace(file)
+        finally: part.unlink(missing_ok=True)
     print(f"{file}: {file.stat().st_size / 1e6:.1f} MB; PyTorch and the exported graph on {parity}")
     who = {0: "none of them was", parity.images: "all of them were"}.get(parity.looked_again)
     if who: print(f"{who} looked at again; with --images of your own kind, both ways are compared")

@@ -283,7 +283,7 @@ def prepare() -> None:
 def _check_files(settings: Settings) -> None:
     "FileNotFoundError for data or weights that are not there: known in a second, before torch is imported."
     if settings.weights and not Path(settings.weights).is_file():
-        raise FileNotFoundError(f"no file of weights {settings.weights}")
+        raise FileNotFoundError(f"no weights file {settings.weights}")
     place = Path(settings.data)
     if settings.data == "toy" or place.exists(): return
     there = [entry.name for entry in place.parent.iterdir() if entry.is_dir()] if place.parent.is_dir() else []
