@@ -5,6 +5,7 @@ import subprocess
 import sys
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from PIL import Image
 
 from fd_focus.evidence.comparison import multiply_adds
 from fd_focus.use.cli import fd_focus_evaluate, fd_focus_train
+from fd_focus.use.commands import _judge_aside
 from fd_focus.use.evaluate import evaluate, labelled_pictures
 from fd_focus.use.predict import FocusClassifier
 from fd_focus.data.loaders import FocusDataLoaders
@@ -241,6 +243,13 @@ def test_pictures_put_aside_are_judged_once(trained):
     seen = pd.read_csv(trained[0] / "model" / "seen.csv")
     assert found["test_images"] == 6 and len(seen) == 10 and set(seen.split) == {"train", "valid"}
     assert found["test_interval"][0] <= found["test_accuracy"] <= found["test_interval"][1]
+
+
+def test_pictures_put_aside_that_cannot_be_read_lose_no_run(trained, tmp_path, capsys):
+    dls = FocusDataLoaders.from_folder(trained[1], image_size=64, bs=4, num_workers=0, test_pct=.25)
+    dls.aside = dls.aside.assign(file="gone.jpg")
+    assert _judge_aside(SimpleNamespace(dls=dls), trained[0] / "model") == {}
+    assert "the pictures put aside judge nothing: none of the 6 pictures could be answered" in capsys.readouterr().out
 
 
 def test_what_a_model_has_seen_does_not_judge_it(trained, tmp_path, capsys):

@@ -210,7 +210,10 @@ def _judge_aside(learn, folder: Path) -> dict:
     new = [not split for split in seen_before(files, folder)]           # copies of training pictures tell nothing
     pictures = aside.assign(file=files)[new].reset_index(drop=True)
     if not len(pictures): return {}
-    found = evaluate(FocusClassifier.load(folder, learn.dls.device), pictures)
+    try: found = evaluate(FocusClassifier.load(folder, learn.dls.device), pictures)
+    except ValueError as error:                                         # the report is worth more than this figure
+        print(f"the pictures put aside judge nothing: {_safe(error)}")
+        return {}
     return dict(test_accuracy=found.accuracy, test_interval=list(found.interval), test_images=len(pictures))
 
 # %% ../../nbs/66_commands.ipynb #66_commands_028

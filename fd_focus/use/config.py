@@ -16,6 +16,7 @@ from pathlib import Path
 
 import yaml
 
+from ..data.names import _CODES
 from ..methods import MAX_PIXELS, Method, method_options
 from ..training.checkpoint import put
 
@@ -143,7 +144,7 @@ def _share(settings: dict) -> dict:
 # %% ../../nbs/59_config.ipynb #59_config_021
 def _line(text: str) -> str:
     "On one line, without backticks, nor characters that steer a terminal or turn the direction of writing."
-    return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", " ", text).replace("`", "'").split())
+    return " ".join(_CODES.sub(" ", text).replace("`", "'").split())
 
 def _code(value) -> str:
     "Any text as code of Markdown, also in a table."

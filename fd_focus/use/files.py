@@ -30,7 +30,7 @@ from PIL import Image
 from ..data.names import visible
 from ..data.pictures import FORMATS, DataWarning, is_picture
 from ..data.tables import is_hidden
-from ..training.checkpoint import put
+from ..training.checkpoint import put, put_bytes
 from .predict import FocusClassifier, Prediction, draw_prediction
 
 # %% ../../nbs/62_files.ipynb #92_predict061x
@@ -310,9 +310,7 @@ class _Counter:
 # %% ../../nbs/62_files.ipynb #62_files_021
 def _save(drawn: Image.Image, target: Path):
     "Encoded in memory, for Pillow does not notice that a disk is full; then written as a whole or not at all."
-    buffer = io.BytesIO()
-    drawn.save(buffer, Image.registered_extensions()[target.suffix.lower()])
-    put(target, lambda part: part.write_bytes(buffer.getvalue()))
+    put_bytes(target, lambda stream: drawn.save(stream, Image.registered_extensions()[target.suffix.lower()]))
 
 _EVERYBODYS = errno.ENOSPC, errno.EDQUOT, errno.EROFS      # a disk that is full, or closed to all writing
 
