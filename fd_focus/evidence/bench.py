@@ -302,5 +302,4 @@ def bench(
     if threads is not None:
         if threads < 1: raise ValueError(f"threads={threads}; use 1 or more")
         torch.set_num_threads(threads)
-    if out: Path(out).parent.mkdir(parents=True, exist_ok=True)
     with alone(out) if out else nullcontext(): return _measure(out, only, quick, device, repeats, data, say)

@@ -102,6 +102,7 @@ def alone(
     key, me = os.path.realpath(file), threading.get_ident()
     if fcntl is None or rank_distrib() or _HELD.get(key) == me: yield; return
     if key in _HELD: raise BlockingIOError(f"another thread works on {place}: wait for it, or give another name")
+    file.parent.mkdir(parents=True, exist_ok=True)
     with _lock(file, place) as stream:
         stream.truncate(0)
         stream.write(f"process {os.getpid()} on {platform.node()}")
