@@ -1338,4 +1338,6 @@ d = { 'settings': { 'branch': 'main',
                                'fd_focus.zoom._zoom_any': ('zoom.html#_zoom_any', 'fd_focus/zoom.py'),
                                'fd_focus.zoom._zoom_equal': ('zoom.html#_zoom_equal', 'fd_focus/zoom.py'),
                                'fd_focus.zoom._zoom_weighted': ('zoom.html#_zoom_weighted', 'fd_focus/zoom.py'),
+                               'fd_focus.zoom.first_view': ('zoom.html#first_view', 'fd_focus/zoom.py'),
+                               'fd_focus.zoom.scale_boxes': ('zoom.html#scale_boxes', 'fd_focus/zoom.py'),
                                'fd_focus.zoom.zoom': ('zoom.html#zoom', 'fd_focus/zoom.py')}}}

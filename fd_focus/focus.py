@@ -10,7 +10,6 @@ import copy
 import math
 
 import torch
-import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 from fastcore.basics import patch
@@ -20,7 +19,7 @@ from .attention import attention_map
 from .bodies import feature_shape
 from .methods import MAX_PIXELS, Look, Method, mean_of_heads
 from .regions import _pair, propose_from_table, region_grid, suppression_table
-from .zoom import zoom
+from .zoom import first_view, scale_boxes, zoom
 
 # %% ../nbs/16_focus.ipynb #16_focus_008
 ANSWERS = ("hybrid", "ensemble", "image", "adaptive")
@@ -111,21 +110,12 @@ def first_look(self: FocusNet,
     target: Tensor | None = None,  # (B,) true classes, see `attend`
 ) -> tuple[Tensor, ...]:           # F^I (B,n), image logits (B,C), M (B,h,w), scores (B,k), boxes (B,k,4) in `x`
     "Look at the image as a whole, and say where to look again. ValueError if `x` is too small."
-    small = x
-    if tuple(x.shape[2:]) != self.image_size:
-        if x.shape[2] < self.image_size[0] or x.shape[3] < self.image_size[1]:
-            raise ValueError(f"images of {tuple(x.shape[2:])} pixels are smaller than image_size={self.image_size}; "
-                             "resize them to it or larger")
-        small = F.interpolate(x, size=self.image_size, mode="bilinear", antialias=True, align_corners=False)
-    maps = self.body(small)                                  # Z (B,n,h,w)
+    maps = self.body(first_view(x, self.image_size))         # Z (B,n,h,w)
     pooled = maps.mean((2, 3))                               # F^I (B,n)
     logits = self.image_head(pooled)                         # (B,C)
     attention = self.attend(maps, logits, target)            # M (B,h,w)
     cells = propose_from_table(attention, self.suppresses, k)
-    boxes = self.grid[cells]                                 # (B,k,4)
-    if small is not x:    # numbers, not tensors: a tensor made here would wait for the device
-        scale = x.shape[3] / self.image_size[1], x.shape[2] / self.image_size[0]
-        boxes = torch.stack([boxes[..., side] * scale[side % 2] for side in range(4)], -1)
+    boxes = scale_boxes(self.grid[cells], x, self.image_size)                # (B,k,4)
     return pooled, logits, attention, attention.flatten(1).gather(1, cells), boxes
 
 # %% ../nbs/16_focus.ipynb #16_focus_013
