@@ -7,12 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import beta
 from sklearn.calibration import calibration_curve
 
 from fd_focus.evidence import calibration
 from fd_focus.evidence.calibration import (calibrate_logits, confidence_threshold, confused_pairs,
-                                           expected_calibration_error, fit_temperature, plot_confused, predictions,
-                                           reliability, reliability_diagram)
+                                           expected_calibration_error, fit_temperature, least_share, plot_confused,
+                                           predictions, reliability, reliability_diagram)
 from fd_focus.evidence.look_again import calibrate
 from fd_focus.training.learner import focus_learner
 from fd_focus.use.model_folder import load_focus, save_focus
@@ -105,10 +106,10 @@ def test_calibrating_where_all_is_right():
 
 def test_never_sure_is_not_only_sure_at_one():
     "Float32 has probabilities of 1.0: they may count as sure where nothing else does; or there is no threshold."
-    certain = torch.eye(2)[torch.zeros(20, dtype=torch.long)]
-    right = confidence_threshold(certain, torch.zeros(20))
+    certain = torch.eye(2)[torch.zeros(40, dtype=torch.long)]
+    right = confidence_threshold(certain, torch.zeros(40))
     assert (right.probability, right.accuracy, right.share) == (1, 1, 1)
-    wrong = confidence_threshold(certain, torch.ones(20))
+    wrong = confidence_threshold(certain, torch.ones(40))
     assert wrong.probability == 2 and math.isnan(wrong.accuracy) and wrong.share == 0
     assert not (certain >= wrong.probability).any()
 
@@ -140,20 +141,48 @@ def test_reliability_diagram_draws_into_axes():
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10_000), st.floats(.3, 1.), st.integers(1, 20))
-def test_threshold_is_the_smallest_that_keeps_the_promise(seed, accuracy, least):
+@given(st.integers(0, 10_000), st.floats(.3, 1.), st.floats(.5, .99))
+def test_threshold_is_the_smallest_that_keeps_the_promise(seed, accuracy, certainty):
+    "Against each possible threshold, and the other way to ask: how likely is it that the true share is too small?"
     g = torch.Generator().manual_seed(seed)
     probabilities = (torch.randint(0, 6, (40, 3), generator=g) + .01).div(3).softmax(1)         # many ties
-    targets = torch.randint(0, 3, (40,), generator=g)
-    found = confidence_threshold(probabilities, targets, accuracy, least)
+    targets = torch.where(torch.rand(40, generator=g) < .8, probabilities.argmax(1), 2)
+    found = confidence_threshold(probabilities, targets, accuracy, certainty)
     confidence, guess = probabilities.double().max(1)
     right = guess == targets
-    def fits_at(t): return (keep := confidence >= t).sum() >= least and right[keep].double().mean() >= accuracy - 1e-9
-    fits = [t for t in confidence.unique().tolist() if fits_at(t)]
-    if not fits: assert found.probability == 2 and found.share == 0 and math.isnan(found.accuracy); return
+    def too_small(t):
+        k, n = right[confidence >= t].sum().item(), (confidence >= t).sum().item()
+        return beta(k + .5, n - k + .5).cdf(accuracy)
+    fits = [t for t in confidence.unique().tolist() if too_small(t) <= 1 - certainty]
+    if not fits:
+        assert (found.probability, found.share, found.right, found.of) == (2, 0, 0, 0) and math.isnan(found.accuracy)
+        return
     keep = confidence >= found.probability
-    assert found.probability == min(fits)
+    assert found.probability == min(fits) and (found.right, found.of) == (right[keep].sum(), keep.sum())
     assert math.isclose(found.share, keep.double().mean()) and math.isclose(found.accuracy, right[keep].double().mean())
+
+
+@pytest.mark.parametrize("n, sure", [(10, False), (26, False), (27, True), (1000, True)])
+def test_few_pictures_promise_little(n, sure):
+    "All are right, each with 0.9: that is 95 % only where there are enough of them."
+    probabilities = torch.tensor([[.9, .1]]).expand(n, 2)
+    found = confidence_threshold(probabilities, torch.zeros(n))
+    assert (found.probability < 1) == sure and (found.right, found.of) == ((n, n) if sure else (0, 0))
+    assert (least_share(n, n) >= .95) == sure
+
+
+def test_the_promise_is_kept_on_other_pictures():
+    "An honest network, thresholds from 60 pictures: broken in few trials, where counting alone breaks every other one."
+    g, broken = torch.Generator().manual_seed(0), 0
+    for seed in range(60):
+        logits, targets = drawn(2060, classes=4, seed=seed)
+        probabilities = (1.5 * logits).softmax(1)
+        targets = torch.multinomial(probabilities, 1, generator=g)[:, 0]
+        found = confidence_threshold(probabilities[:60], targets[:60])
+        sure = probabilities[60:].max(1).values >= found.probability
+        right = (probabilities.argmax(1) == targets)[60:][sure].double().mean()
+        broken += bool(right < .95)                                       # NaN, nobody is sure, breaks nothing
+    assert broken <= 12                                                   # a fifth
 
 
 def test_calibrate_a_learner(learn, tmp_path):
@@ -165,13 +194,21 @@ def test_calibrate_a_learner(learn, tmp_path):
     probabilities = (logits / found.temperature).softmax(1)
     sure = probabilities.max(1).values >= found.threshold
     assert math.isclose(sure.double().mean(), found.sure_share, abs_tol=1e-9)
-    save_focus(learn, tmp_path, temperature=found.temperature, threshold=found.threshold)
+    right = probabilities.argmax(1) == targets
+    assert (found.sure_right, found.sure_of) == (right[sure].sum(), sure.sum())
+    assert (found.right, found.pictures, found.wanted) == (right.sum(), 12, .5)
+    save_focus(learn, tmp_path, calibration=found)
     config = load_focus(tmp_path).about
     assert math.isclose(config["temperature"], found.temperature) and config["threshold"] == found.threshold
+    assert config["evidence"] == dict(right=found.sure_right, of=found.sure_of, pictures=12, wanted=.5)
+    assert config["metrics"] == dict(accuracy=found.right / 12, valid_images=12)
     never = calibrate(learn, accuracy=1.)
     assert never.threshold == 2 and never.sure_share == 0 and math.isnan(never.sure_accuracy)      # it is untrained
     save_focus(learn, tmp_path, temperature=never.temperature, threshold=never.threshold)
     assert load_focus(tmp_path).about["threshold"] == 2
+    save_focus(learn, tmp_path, calibration=never)
+    about = load_focus(tmp_path).about
+    assert about["threshold"] == 2 and about["evidence"] == dict(right=0, of=0, pictures=12, wanted=1.)
 
 
 def test_what_cannot_be_fitted_is_said():
@@ -179,3 +216,6 @@ def test_what_cannot_be_fitted_is_said():
     with pytest.raises(ValueError, match="50 logits and 5 targets"): fit_temperature(logits, targets[:5])
     with pytest.raises(ValueError, match="0 logits and 0 targets"): fit_temperature(logits[:0], targets[:0])
     with pytest.raises(ValueError, match="NaN"): fit_temperature(logits * float("nan"), targets)
+    for certainty in (0, 1, 95, float("nan")):
+        with pytest.raises(ValueError, match=f"certainty={certainty}; use a number between 0 and 1"):
+            least_share(1, 2, certainty)

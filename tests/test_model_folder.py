@@ -1,6 +1,7 @@
 "Model folders: nothing is lost, nothing runs, and what is wrong is named."
 import io
 import json
+import os
 import pickle
 import re
 import shutil
@@ -23,7 +24,9 @@ from fd_focus.bodies import create_body, feature_shape, toy_resnet
 from fd_focus.data.loaders import FocusDataLoaders
 from fd_focus.methods import METHODS, Method, method_options, register
 from fd_focus.training.learner import focus_learner
-from fd_focus.use.config import check_config, judges, write_card
+from fd_focus.evidence.calibration import Calibration
+from fd_focus.training.settings import Settings
+from fd_focus.use.config import add_metrics, as_json, check_config, judges, rests_on, write_card
 from fd_focus.use.model_folder import _at_most, _check_arch, _sketch, load_focus, push_to_hub, save_focus
 from fd_focus.use.predict import FocusPipeline
 
@@ -285,6 +288,18 @@ def test_folder_with_the_least(folder):
         (dict(judged_by="eye"), "judged_by is 'eye', but should be 'valid', 'test' or 'train'"),
         (dict(judged_by=["test"]), "judged_by is"),
         (dict(squash="yes"), "squash is 'yes'"),
+        *((dict(banner=value), "banner is .*, but should be a number of pixels")
+          for value in (-1, 20.5, True, "20", None, 10**9)),
+        *((dict(evidence=value), "evidence is .*, but should be a table of whole numbers right <= of <= pictures")
+          for value in (
+              57, [57, 63], {}, dict(right=57, of=63), dict(right=64, of=63, pictures=80, wanted=.95),
+              dict(right=57, of=81, pictures=80, wanted=.95), dict(right=-1, of=63, pictures=80, wanted=.95),
+              dict(right="57", of=63, pictures=80, wanted=.95), dict(right=True, of=63, pictures=80, wanted=.95),
+              dict(right=57, of=63, pictures=80, wanted=95), dict(right=57, of=63, pictures=80, wanted="<b>"),
+              dict(right=57., of=63, pictures=80, wanted=.95), dict(right=1, of=1, pictures=10**99, wanted=.95))),
+        *((dict(metrics=value), "metrics is .*, but should be a table")
+          for value in (dict(test_accuracy="<b>"), dict(test_interval=[.5]), dict(test_interval=[".5", 1]),
+                        dict(test_images="many"), dict(valid_images=1.5), dict(test_interval=.5))),
         (dict(method=1), "method is 1, but should be the name of a method"),
         (dict(method="plainer"), "its method 'plainer' is none of plain, focus"),
         (dict(own_body=1), "own_body is 1, but should be true or false"),
@@ -315,7 +330,7 @@ def test_folder_with_the_least(folder):
                 (dict(region_size=70), "region_size=.* does not fit"),
                 (dict(region_size="large"), "region_size is 'large', but should be 1 to 8192"),
                 (dict(l=2), "hybrid_head.weight is .* instead of"),
-                (dict(lens=3), "uses lens, which this version does not know: pip install --upgrade"),
+                (dict(lens=3), "uses lens, which this version does not know: install a newer fd_focus"),
             )
         ),
     ],
@@ -491,6 +506,136 @@ def test_which_pictures_judged(dls, tmp_path, by, word, monkeypatch):
     about = load_focus(folder).about
     assert about.get("judged_by") == by and judges(about) == word
     assert f"Accuracy on {word} pictures: **50.0 %**." in (folder / "README.md").read_text()
+
+
+CALIBRATION = Calibration(1.25, .8, .9, .75, .1, .05, sure_right=57, sure_of=63, right=72, pictures=80, wanted=.9)
+
+
+def test_sure_says_what_it_rests_on(dls, tmp_path):
+    folder = save_focus(learner(dls), tmp_path / "model", calibration=CALIBRATION)
+    about, card = load_focus(folder).about, (folder / "README.md").read_text()
+    assert (about["temperature"], about["threshold"]) == (1.25, .8)
+    assert about["evidence"] == dict(right=57, of=63, pictures=80, wanted=.9)
+    assert about["metrics"] == dict(accuracy=.9, valid_images=80)
+    assert rests_on(about) == "right in 57 of 63 such validation pictures"
+    assert "Answers that count as sure: from 80 % on (right in 57 of 63 such validation pictures)." in card
+    assert "Accuracy on 80 validation pictures: **90.0 %**." in card
+    change(folder, judged_by="test")
+    assert rests_on(load_focus(folder).about) == "right in 57 of 63 such test pictures"
+    change(folder, threshold=2)
+    assert rests_on(load_focus(folder).about) == "80 test pictures could not promise 90 % for any limit"
+    assert "Answers that count as sure: none (80 test pictures could not promise" in write_card(folder).read_text()
+    change(folder, drop=["evidence"])                                        # a folder of before
+    assert rests_on(load_focus(folder).about) == "" and "count as sure: none." in write_card(folder).read_text()
+    change(folder, drop=["threshold"])
+    assert rests_on(load_focus(folder).about) == "" and "count as sure" not in write_card(folder).read_text()
+    with pytest.raises(ValueError, match="give calibration, or temperature and threshold"):
+        save_focus(learner(dls), tmp_path / "other", threshold=.5, calibration=CALIBRATION)
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_accuracy_is_known_from_training(dls, tmp_path):
+    "From the last epoch; what is given, or calibrated, is believed more."
+    learn = learner(dls, settle=False)
+    def kept(**given): return load_focus(save_focus(learn, tmp_path / "model", **given)).about["metrics"]
+    assert kept() == {}
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-4)
+    values = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
+    assert kept() == dict(accuracy=values["accuracy"])
+    assert f"pictures: **{100 * values['accuracy']:.1f} %**" in (tmp_path / "model" / "README.md").read_text()
+    assert kept(metrics={}) == {} and kept(metrics=dict(accuracy=.5)) == dict(accuracy=.5)
+    assert kept(calibration=CALIBRATION)["accuracy"] == .9
+    learn.validate(0)                                                        # of training pictures: nothing to tell
+    assert kept() == {}
+    learn.metrics = []
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-4)
+    assert kept() == {}
+
+
+def test_pictures_put_aside_are_added_later(folder):
+    before = json.loads((folder / "config.json").read_text())
+    card = add_metrics(folder, test_accuracy=np.float32(.5), test_interval=(.25, .75), test_images=40).read_text()
+    assert ("Accuracy on 40 pictures that were put aside, on which nothing was trained or chosen: **50.0 %** "
+            "(95 % interval 25.0 to 75.0).") in card and "Accuracy on validation pictures: **87.5 %**." in card
+    after = json.loads((folder / "config.json").read_text())
+    assert after == before | dict(metrics=dict(accuracy=.875, test_accuracy=.5, test_interval=[.25, .75],
+                                               test_images=40))
+    assert load_focus(folder).about == after
+    for wrong in (float("nan"), "half", object()):
+        with pytest.raises(ValueError, match="metrics is|test_accuracy is"): add_metrics(folder, test_accuracy=wrong)
+        assert json.loads((folder / "config.json").read_text()) == after
+
+
+def test_a_card_shows_the_settings_of_its_pictures(dls, tmp_path):
+    "All settings are recorded; the card has those that made the model."
+    from dataclasses import asdict
+    for data, there, not_there in (
+        ("birds", ("balance", "valid_pct"), ("mark_size", "clutter", "n_classes", "split", "workers", "cache", "log")),
+        ("toy", ("mark_size", "clutter", "split"), ("balance", "on_duplicate", "workers", "channels_last")),
+    ):
+        settings = asdict(Settings(data=data, **(dict(valid_pct=.2) if data == "birds" else {})))
+        folder = save_focus(learner(dls), tmp_path / "model", settings=settings)
+        card = (folder / "README.md").read_text()
+        for name in ("data", "arch", "lr", "epochs"): assert (f"| {name} |" in card) == (settings[name] is not None)
+        for name in there: assert f"| {name} |" in card
+        for name in not_there: assert f"| {name} |" not in card
+        assert json.loads((folder / "config.json").read_text())["settings"] == settings
+
+
+def test_a_card_tells_how_to_install_what_it_needs(folder):
+    card = (folder / "README.md").read_text()
+    assert "`pip install .` in a clone of [fd_focus](https://github.com/" in card and "pip install fd_focus" not in card
+
+
+@pytest.mark.skipif(os.name != "posix", reason="rights are those of POSIX")
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_others_may_read_what_new_files_let_them(dls, tmp_path, mask):
+    "Every file of the folder has the rights of a new file, also where it is written again."
+    Image.new("RGB", (8, 8)).save(tmp_path / "regions.png")
+    before = os.umask(mask)
+    try:
+        for _ in range(2): folder = save_focus(learner(dls), tmp_path / "model", picture=tmp_path / "regions.png")
+        add_metrics(folder, test_images=3)
+    finally: os.umask(before)
+    files = {file.name: file.stat().st_mode & 0o777 for file in folder.iterdir()}
+    assert files == dict.fromkeys(["README.md", "config.json", "model.safetensors", "regions.png"], 0o666 & ~mask)
+
+
+@pytest.mark.parametrize("value, name", [
+    (dict(metrics=dict(accuracy=.5, loss=float("nan"))), r"metrics.loss is nan"),
+    (dict(metrics=dict(curve=[.5, np.float64("inf")])), r"metrics.curve\[1\] is inf"),
+    (dict(settings=dict(lr=-np.inf)), "settings.lr is -inf"),
+    (dict(settings=dict(callback=print)), "settings.callback is <built-in function print>"),
+    (dict(metrics=dict(matrix=torch.tensor([[0., torch.nan]]))), r"metrics.matrix\[0\]\[1\] is nan"),
+], ids=str)
+def test_what_json_has_no_word_for_is_named_and_not_written(dls, folder, value, name):
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(ValueError, match=rf"config.json: {name}, which JSON has no word for"):
+        save_focus(learner(dls), folder, **value)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_numbers_of_other_libraries_are_written(dls, tmp_path):
+    folder = save_focus(learner(dls), tmp_path / "model", temperature=torch.tensor(1.5), threshold=np.float32(.5),
+                        metrics=dict(accuracy=np.float64(.25), sizes=(1, 2)), settings=dict(data=Path("birds")))
+    about = load_focus(folder).about
+    assert (about["temperature"], about["threshold"], about["settings"]) == (1.5, .5, dict(data="birds"))
+    assert about["metrics"] == dict(accuracy=.25, sizes=[1, 2]) and as_json({1: {"a": None}}) == {"1": {"a": None}}
+
+
+# The banner below each picture of a benchmark
+
+def aircraft(dls, folder):
+    "A model of pictures with a banner of 20 pixels below each."
+    learn = learner(dls)
+    learn.dls.table = learn.dls.table.copy()
+    learn.dls.table.attrs["banner"] = 20
+    return save_focus(learn, folder)
+
+
+def test_a_banner_is_recorded(dls, folder, tmp_path):
+    assert json.loads((aircraft(dls, tmp_path / "planes") / "config.json").read_text())["banner"] == 20
+    assert "banner" not in json.loads((folder / "config.json").read_text())
 
 
 # The name of the body
@@ -884,6 +1029,6 @@ def test_a_limit_of_another_library_is_a_number(dls, tmp_path, limit):
 def test_a_limit_that_is_none_is_not_saved(dls, tmp_path, limit):
     learn = adaptive(dls, .9)
     learn.model.look_again_below = limit
-    with pytest.raises(ValueError, match="look_again_below is .*, but should be a number"):
+    with pytest.raises(ValueError, match="look_again_below is .*, (but should be a number|which JSON)"):
         save_focus(learn, tmp_path / "model")
     assert not (tmp_path / "model").exists()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['predictions', 'confused_pairs', 'plot_confused', 'reliability', 'expected_calibration_error', 'reliability_diagram',
-           'fit_temperature', 'Threshold', 'confidence_threshold', 'Calibration', 'calibrate_logits']
+           'fit_temperature', 'least_share', 'Threshold', 'confidence_threshold', 'Calibration', 'calibrate_logits']
 
 # %% ../../nbs/52_calibration.ipynb #52_calibration_004
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from fastai.learner import Learner
 from matplotlib.figure import Figure
 from scipy.optimize import minimize_scalar
+from scipy.stats import beta
 from torch import Tensor
 
 from ..data.names import short_names
@@ -163,6 +164,16 @@ def fit_temperature(
     # Without an error, or with mere ties, the likelihood grows as T falls, to the very bound.
     return 1. if loss(-np.log(20)) <= best.fun + 1e-9 else float(np.exp(best.x))
 
+# %% ../../nbs/52_calibration.ipynb #52_calibration_052
+def least_share(
+    right,                    # how many were right: a number, or an array
+    of,                       # of how many
+    certainty: float = 0.9,   # of the statement
+):
+    "The share of right answers is at least this, with this certainty (lower end of Jeffreys's interval)."
+    if not 0 < certainty < 1: raise ValueError(f"certainty={certainty}; use a number between 0 and 1")
+    return beta.ppf(1 - certainty, np.asarray(right) + .5, np.asarray(of) - np.asarray(right) + .5)
+
 # %% ../../nbs/52_calibration.ipynb #80_interpret040
 @dataclass(frozen=True)
 class Threshold:
@@ -170,24 +181,26 @@ class Threshold:
     probability: float   # the least that counts as sure; 2.0, which none reaches, where no threshold keeps the accuracy
     accuracy: float      # of the answers at least as sure (NaN where there are none)
     share: float         # of the pictures with such an answer
+    right: int = 0       # how many of those answers were right
+    of: int = 0          # how many there are
 
 def confidence_threshold(
     probabilities: Tensor,   # (N,C) on validation data, calibrated or not
     targets: Tensor,         # (N,)
     accuracy: float = 0.95,  # wanted among the answers that count as sure
-    least: int = 10,         # answers that must lie above it: fewer would make the accuracy a matter of luck
+    certainty: float = 0.9,  # that it is so, see `least_share`
 ) -> Threshold:
-    "The smallest probability of the answer above which at least this share of validation answers is right."
+    "The smallest probability of the answer above which this share is right, as far as so many pictures can tell."
     if not 0 < accuracy <= 1: raise ValueError(f"accuracy={accuracy}; use a share above 0, at most 1")
     confidence, guess = probabilities.double().max(1)
     order = confidence.argsort(descending=True)
-    share_right = (guess == targets)[order].double().cumsum(0) / torch.arange(1, len(order) + 1)
+    right, of = (guess == targets)[order].long().cumsum(0), torch.arange(1, len(order) + 1)
     ends = torch.cat([confidence[order].diff() != 0, torch.tensor([True])])   # equal probabilities go together
-    enough = torch.arange(1, len(order) + 1) >= min(least, len(order))
-    good = (ends & enough & (share_right >= accuracy - 1e-9)).nonzero()[:, 0]
+    enough = torch.from_numpy(least_share(right, of, certainty) >= accuracy)
+    good = (ends & enough).nonzero()[:, 0]
     if not len(good): return Threshold(2., float("nan"), 0.)
-    last = good[-1].item()
-    return Threshold(confidence[order][last].item(), share_right[last].item(), (last + 1) / len(order))
+    k, n = right[good[-1]].item(), of[good[-1]].item()
+    return Threshold(confidence[order][n - 1].item(), k / n, n / len(order), k, n)
 
 # %% ../../nbs/52_calibration.ipynb #80_interpret044
 @dataclass(frozen=True)
@@ -200,7 +213,13 @@ class Calibration:
     ece: float             # expected calibration error as trained
     ece_calibrated: float  # and with the temperature, on pictures that did not fit it
     look_again: object = None   # a `LookAgain` (notebook 53) where the network chooses who gets a second look
+    sure_right: int = 0    # how many of the answers that count as sure were right
+    sure_of: int = 0       # how many those are
+    right: int = 0         # how many of all answers were right
+    pictures: int = 0      # how many there are
+    wanted: float = 0.95   # accuracy that was wanted among the answers that count as sure
 
+# %% ../../nbs/52_calibration.ipynb #52_calibration_058
 def calibrate_logits(
     logits: Tensor,            # (N,C) on validation data
     targets: Tensor,           # (N,)
@@ -214,6 +233,8 @@ def calibrate_logits(
     for side in (half, ~half):
         if side.all() or not side.any(): crossed = logits / temperature; break
         crossed[side] = logits[side] / fit_temperature(logits[~side], targets[~side])
-    threshold = confidence_threshold((logits / temperature).softmax(1), targets, accuracy)
+    sure = confidence_threshold((logits / temperature).softmax(1), targets, accuracy)
     ece, ece_calibrated = (expected_calibration_error(each.softmax(1), targets) for each in (logits, crossed))
-    return Calibration(temperature, threshold.probability, threshold.accuracy, threshold.share, ece, ece_calibrated)
+    return Calibration(temperature, sure.probability, sure.accuracy, sure.share, ece, ece_calibrated,
+                       sure_right=sure.right, sure_of=sure.of, right=int((logits.argmax(1) == targets).sum()),
+                       pictures=len(targets), wanted=accuracy)

@@ -7,7 +7,6 @@ __all__ = ['preparation', 'save_focus', 'load_focus', 'push_to_hub']
 
 # %% ../../nbs/60_model_folder.ipynb #90_export003
 import hashlib
-import json
 import math
 import re
 import shutil
@@ -31,17 +30,17 @@ from ..bodies import build_model, create_body, cut_layers
 from ..data.pictures import open_image
 from ..methods import METHODS, Method, bare, build_method, method_name
 from ..training.checkpoint import put
-from ..training.learner import FocusLearner
+from ..training.learner import FocusLearner, history
 from ..training.run import versions
 from .config import (
-    _FIGURE, _NO_ARGUMENTS, _check_options, _share, check_config, read_json, write_card)
+    _FIGURE, _NO_ARGUMENTS, _check_options, _share, as_json, check_config, read_json, write_card, write_json)
 from .seen import note_seen
 
 # %% ../../nbs/60_model_folder.ipynb #90_export011
 def preparation(
     dls: DataLoaders,    # pictures, with fastai's transforms
     image_size: tuple[int, int], # height and width of the network's first look: taken where `dls` does not resize
-) -> dict:               # min_side (see `open_image`); resize, input_size: [height, width]; squash; mean, std
+) -> dict:               # min_side (see `open_image`); resize, input_size: [height, width]; squash; mean, std; banner
     "How validation prepares a picture: resize, centre crop, normalise. Warns of transforms it cannot record."
     resize = crop = None
     squash, stats, other = True, ([0.] * 3, [1.] * 3), []
@@ -59,9 +58,10 @@ def preparation(
     if other:
         warnings.warn(f"validation pictures pass through {', '.join(other)}, which a model folder cannot record: "
                       f"prediction will resize them to {resize} pixels and cut out the centre {crop or resize}",
-                      stacklevel=3)
+                      stacklevel=4)
+    banner = getattr(getattr(dls, "table", None), "attrs", {}).get("banner", 0)
     return dict(min_side=getattr(dls, "min_side", None), resize=resize, squash=squash, input_size=crop or resize,
-                mean=stats[0], std=stats[1])
+                mean=stats[0], std=stats[1]) | (dict(banner=banner) if banner else {})
 
 def _numbers(values: Tensor) -> list[float]:
     "As they were written: 0.485, not 0.48500001430511475."
@@ -108,7 +108,7 @@ def _origin(net: Method, arch: str | None, cut: int | str | None) -> dict:
             build_model(arch, False)
         except ValueError as unknown:
             warnings.warn(f"{unknown}. If it is a body of your own, loading the model will need its code: "
-                          "load_focus(folder, body=...)", stacklevel=3)
+                          "load_focus(folder, body=...)", stacklevel=4)
             return made | dict(own_body=True)
     _check_arch(net.body, **made)
     return made
@@ -188,39 +188,79 @@ def _set_limit(net: Method, limit: float | None, options: dict) -> None:
         raise ValueError(f"look_again_below is {limit}, but {other} among the options")
     net.look_again_below = limit
 
+# %% ../../nbs/60_model_folder.ipynb #60_model_folder_062
+def _last_accuracy(learn: FocusLearner) -> dict:
+    "The validation accuracy of the last epoch, where the learner remembers it."
+    try: found = history(learn)["accuracy"].iloc[-1]
+    except (AttributeError, KeyError, IndexError, ValueError): return {}      # no fit, or another pass came after it
+    return dict(accuracy=float(found)) if math.isfinite(found) else {}
+
+def _measured(learn: FocusLearner, calibration, temperature: float | None, threshold: float | None) -> dict:
+    "metrics, temperature, threshold and evidence. ValueError where two say them."
+    if calibration is None: return dict(metrics=_last_accuracy(learn), temperature=temperature, threshold=threshold)
+    if (temperature, threshold) != (None, None):
+        raise ValueError("give calibration, or temperature and threshold: it has both")
+    c = calibration
+    evidence = dict(right=c.sure_right, of=c.sure_of, pictures=c.pictures, wanted=c.wanted)
+    return dict(metrics=dict(accuracy=c.right / c.pictures, valid_images=c.pictures), temperature=c.temperature,
+                threshold=c.threshold, evidence=evidence)
+
+# %% ../../nbs/60_model_folder.ipynb #60_model_folder_064
+def _write_weights(weights: dict[str, Tensor], file: Path) -> None:
+    "A safetensors file with the rights of any new file; safetensors alone would make it private."
+    file.touch()
+    rights = file.stat().st_mode
+    save_file(weights, file)
+    file.chmod(rights)
+
+# %% ../../nbs/60_model_folder.ipynb #60_model_folder_057
+@contextmanager
+def _naming(what: str):
+    "Whatever goes wrong inside is a ValueError that begins with `what`."
+    try: yield
+    except Exception as error: raise ValueError(f"{what} {error or type(error).__name__}") from error
+
+# %% ../../nbs/60_model_folder.ipynb #60_model_folder_066
+def _describe(learn: FocusLearner, arch: str | None, cut: int | str | None) -> dict:
+    "What a config says of the network and its pictures."
+    net, dls = bare(learn.model), learn.dls
+    config = dict(format="fd_focus", method=method_name(net), **_origin(net, arch, cut),
+                  classes=list(map(str, dls.vocab)), image_size=list(net.image_size), options=net.config(),
+                  **preparation(dls, net.image_size), versions=versions())
+    if _chooses(net):
+        config["look_again_below"] = net.look_again_below
+        config["options"].pop("look_again_below", None)
+    return config
+
 # %% ../../nbs/60_model_folder.ipynb #90_export005l
 def save_focus(
     learn: FocusLearner,         # a trained learner
     folder: str | Path,
     arch: str | None = None,     # a name for a body of your own; other bodies know theirs, and it is compared with that
     cut: int | str | None = None,
-    metrics: dict | None = None, # recorded in the config; `accuracy`, from 0 to 1, is shown on the card
+    metrics: dict | None = None, # for config and card: accuracy (0 to 1), valid_images, ...; None: what was measured last
     temperature: float | None = None,  # the answer's logits are divided by it (calibration)
     threshold: float | None = None,    # the least probability that counts as sure; 2: none does
     settings: dict | None = None,      # the recipe, for the card; folders are cut off its paths
     picture: str | Path | None = None, # a PNG for the card; None: that of an earlier model is removed
+    calibration=None,            # of `calibrate`: temperature and threshold, what they rest on, and the accuracy
 ) -> Path:
     "Write weights, config and card, each as a whole or not at all. Errors for what cannot be right come first."
-    folder, net, dls = Path(folder), bare(learn.model), learn.dls
+    folder, net = Path(folder), bare(learn.model)
+    file = folder / "config.json"
     if not (picture is None or Path(picture).is_file()): raise FileNotFoundError(f"no picture {picture} for the card")
-    config = dict(format="fd_focus", method=method_name(net), **_origin(net, arch, cut),
-                  classes=list(map(str, dls.vocab)), image_size=list(net.image_size), options=net.config(),
-                  **preparation(dls, net.image_size), metrics=metrics or {}, versions=versions())
-    given = dict(judged_by=getattr(dls, "judged_by", None), temperature=temperature, threshold=threshold,
-                 settings=settings and _share(settings))
-    config |= {name: value for name, value in given.items() if value is not None}
-    if _chooses(net):
-        config["look_again_below"] = getattr(net.look_again_below, "item", lambda: net.look_again_below)()    # NumPy's
-        config["options"].pop("look_again_below", None)
-    check_config(config, folder / "config.json")
+    given = _measured(learn, calibration, temperature, threshold) | ({} if metrics is None else dict(metrics=metrics))
+    given |= dict(judged_by=getattr(learn.dls, "judged_by", None), settings=settings and _share(settings))
+    config = _describe(learn, arch, cut) | {name: value for name, value in given.items() if value is not None}
+    with _naming(f"{file}:"): config = as_json(config)
+    check_config(config, file)
     _check_options(type(net), config["options"])
     _check_numbers(weights := _weights(net))
     folder.mkdir(parents=True, exist_ok=True)
-    put(folder / "model.safetensors", lambda p: save_file(weights, p))
-    config["sha256"] = _sha256(folder / "model.safetensors")
-    put(folder / "config.json", lambda p: p.write_text(json.dumps(config, indent=1), encoding="utf-8"))
+    put(folder / "model.safetensors", lambda part: _write_weights(weights, part))
+    write_json(file, config | dict(sha256=_sha256(folder / "model.safetensors")))
     if picture is None: (folder / "regions.png").unlink(missing_ok=True)
-    note_seen(dls, folder)
+    note_seen(learn.dls, folder)
     write_card(folder, picture)
     return folder
 
@@ -289,13 +329,6 @@ def _sketch(config: dict, body: nn.Module | None, numbers: int) -> Method:
             with torch.device("meta"): return _build_net(config, body)
         except _TooLarge: raise
         except Exception: return _build_net(config, body)      # RegNet needs its numbers; or it says what is wrong
-
-# %% ../../nbs/60_model_folder.ipynb #60_model_folder_057
-@contextmanager
-def _naming(what: str):
-    "Whatever goes wrong inside is a ValueError that begins with `what`."
-    try: yield
-    except Exception as error: raise ValueError(f"{what} {error or type(error).__name__}") from error
 
 # %% ../../nbs/60_model_folder.ipynb #90_export015g
 def load_focus(
