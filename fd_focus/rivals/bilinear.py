@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['bilinear_feature', 'BilinearNet', 'evidence_map', 'HeadFirst']
 
-# %% ../../nbs/40_bilinear.ipynb #40_bilinear_039
+# %% ../../nbs/40_bilinear.ipynb #40_bilinear_004
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..methods import Look, Method, bare
 
-# %% ../../nbs/40_bilinear.ipynb #40_bilinear_044
+# %% ../../nbs/40_bilinear.ipynb #40_bilinear_008
 def bilinear_feature(
     maps: Tensor,   # (B,n,h,w)
 ) -> Tensor:        # (B,n*n) float32, each of length 1; 0 where all of a picture's features are 0
@@ -25,7 +25,7 @@ def bilinear_feature(
         share = x.abs() / x.abs().sum(1, keepdim=True).clamp_min(1e-30)
         return F.normalize(x.sign() * (share + 1e-8).sqrt())             # at 0 the root's slope would be infinite
 
-# %% ../../nbs/40_bilinear.ipynb #40_bilinear_049
+# %% ../../nbs/40_bilinear.ipynb #40_bilinear_013
 class BilinearNet(Method):
     "Body, outer products of its features summed over the picture, one linear head (Bilinear CNN)."
     def __init__(self,
@@ -49,7 +49,7 @@ class BilinearNet(Method):
         self.reduce = nn.Conv2d(self.n_features, n, 1, bias=False) if self.n_features > n else nn.Identity()
         self.image_head = nn.Linear(n * n, n_classes)
 
-# %% ../../nbs/40_bilinear.ipynb #40_bilinear_050
+# %% ../../nbs/40_bilinear.ipynb #40_bilinear_014
 @patch
 def describe(self: BilinearNet,
     x: Tensor,                      # (B,3,H,W) normalised
@@ -68,7 +68,7 @@ def forward(self: BilinearNet, x: Tensor, target: Tensor | None = None) -> Tenso
 def teacher(self: BilinearNet, outputs: dict) -> None:
     "Its one head has nobody to learn from."
 
-# %% ../../nbs/40_bilinear.ipynb #40_bilinear_053
+# %% ../../nbs/40_bilinear.ipynb #40_bilinear_017
 def evidence_map(
     maps: Tensor,      # (B,n,h,w)
     feature: Tensor,   # (B,n*n) of `bilinear_feature`, or a multiple
@@ -82,7 +82,7 @@ def evidence_map(
         pairs = (ratio * weight.detach().float()).unflatten(1, (maps.shape[1], maps.shape[1]))
         return (columns * (pairs.transpose(1, 2) @ columns)).sum(1).unflatten(1, maps.shape[2:])
 
-# %% ../../nbs/40_bilinear.ipynb #40_bilinear_055
+# %% ../../nbs/40_bilinear.ipynb #40_bilinear_019
 @patch
 def look(self: BilinearNet, x: Tensor) -> Look:
     "The answer, and the place where the evidence for it lies; no regions."
@@ -90,7 +90,7 @@ def look(self: BilinearNet, x: Tensor) -> Look:
     answer = self.image_head(feature)
     return Look(answer, attention=evidence_map(maps, feature, self.image_head.weight[answer.argmax(1)]))
 
-# %% ../../nbs/40_bilinear.ipynb #40_bilinear_063
+# %% ../../nbs/40_bilinear.ipynb #40_bilinear_027
 @patch
 def rest(self: BilinearNet, resting: bool) -> None:
     "Let the body rest, or train it again."
