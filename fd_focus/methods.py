@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from .attention import attention_map
 from .bodies import BodySource, create_body, feature_shape
 from .regions import _pair
 
@@ -154,6 +155,11 @@ class PlainNet(Method):
     def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor | dict[str, Tensor]:
         logits = self.image_head(self.body(x).mean((2, 3)))
         return {"image": logits} if self.training else logits
+    def look(self, x: Tensor) -> Look:
+        "The answer, and as its attention the class-activation map of the class that it gives."
+        features = self.body(x)
+        logits = self.image_head(features.mean((2, 3)))
+        return Look(logits, attention=attention_map(features, self.image_head.weight, logits.argmax(1)))
 
 # %% ../nbs/15_methods.ipynb #15_methods_021
 def method_options(

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from fd_focus.draw import plot_attention, plot_focus, plot_regions, plot_zooms
+from PIL import Image
+
+from fd_focus.draw import VEIL, _wrapped, plot_attention, plot_focus, plot_regions, plot_zooms, spotlight
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +23,6 @@ def test_figures_of_files_batches_and_tensors(learn, tmp_path, draw, per_picture
     pictures, focus = learn.see(items)
     x = learn.dls.test_dl(items).one_batch()[0]
     file = tmp_path / "bird.png"
-    from PIL import Image
     Image.fromarray((pictures[0] * 255).round().byte().permute(1, 2, 0).numpy()).save(file)
     for arguments, n in (((pictures, focus), 2), ((learn, items), 2), ((learn, x), 2), ((learn, file), 1),
                          ((learn, [file, str(file)]), 2)):
@@ -51,6 +52,31 @@ def test_attention_has_a_scale(learn):
     attention = learn.see(items)[1].attention[0]
     bar = next(ax for ax in plot_attention(learn, items).axes if ax.get_label() == "<colorbar>")
     assert np.allclose(bar.get_ylim(), (attention.min(), attention.max()), atol=1e-5)
+
+
+def test_the_veil_keeps_the_colours_of_what_was_attended_to():
+    picture = Image.new("RGB", (96, 96), (200, 40, 90))
+    attention = torch.zeros(6, 6)
+    attention[1, 4] = 3.
+    lit = np.asarray(spotlight(picture, attention)).astype(int)
+    assert np.abs(lit[24, 72] - (200, 40, 90)).max() <= 12                 # the middle of its cell
+    assert np.abs(lit[90, 5] - VEIL).max() < np.abs(np.array((200, 40, 90)) - VEIL).max() / 4
+    for odd in (torch.zeros(3, 3), torch.full((3, 3), torch.nan), torch.ones(1, 1), torch.tensor([[1., torch.inf]])):
+        assert spotlight(picture, odd).size == (96, 96)
+    assert spotlight(picture.resize((1, 1)), attention).size == (1, 1)
+
+
+def test_long_titles_wrap_and_keep_their_end(learn):
+    items, name = list(learn.dls.valid_ds.items)[:2], "044.Bentley_Continental_Flying_Spur_Sedan_200"
+    for draw in (plot_regions, plot_attention, plot_focus):
+        figure = draw(learn, items, titles=[name + "6", name + "7\n(is another)"])
+        figure.canvas.draw()
+        titles = [ax.title for ax in figure.axes if ax.get_title()]
+        assert [t.get_text().replace("\n", "") for t in titles] == [name + "6", name + "7(is another)"]
+        boxes = [t.get_window_extent() for t in titles]
+        assert boxes[0].x1 <= boxes[1].x0 and boxes[1].x1 <= figure.bbox.x1, "titles overlap or leave the figure"
+    assert _wrapped("", 2.) == "" and _wrapped("a\nb", 2.) == "a\nb"
+    assert _wrapped("W" * 100, 1.).replace("\n", "") == "W" * 100
 
 
 @pytest.mark.parametrize("name", ["Ba$$in", "$5 to $_10", "$^$", "a$\\frac$"])
