@@ -21,8 +21,9 @@ import pytest
 import torch
 from PIL import Image, ImageFile, PngImagePlugin
 
-from fd_focus.use.answer import attempt, cut_zooms, draw_heat, explain, fit
-from fd_focus.use.app import _Guard, _names, about, build_app, example_files, focus_widget, launch_app
+from fd_focus.use import sheet
+from fd_focus.use.answer import _spoken, cut_zooms, draw_heat, explain, fit
+from fd_focus.use.app import _Guard, _names, about, attempt, build_app, example_files, focus_widget, launch_app
 from fd_focus.use.cli import fd_focus_app
 from fd_focus.data.loaders import FocusDataLoaders
 from fd_focus.use.model_folder import load_focus, save_focus
@@ -94,6 +95,8 @@ def page(folder, place):
     process.send_signal(signal.SIGINT)
     process.wait(60)
     assert "Traceback" not in log.read_text()
+    left = [file for file in (place / "uploads").rglob("*") if file.is_file() and not file.is_symlink()]
+    assert not left, "what visitors have sent is still there"
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +186,26 @@ def test_a_picture_gets_its_answer(browser, classifier, place):
         browser.set_window_size(1280, 1000)
         time.sleep(1)
         browser.save_screenshot(where)
+
+
+def test_on_a_phone_the_answer_is_whole_and_in_view(browser, place):
+    "At 390 pixels: nothing is wider than the page, no name is cut, and the page goes to the answer by itself."
+    bird(4).save(place / "phone.png")
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", dict(
+        width=390, height=844, deviceScaleFactor=1, mobile=True))
+    try:
+        upload(browser, place / "phone.png")
+        wait(browser, lambda: answer(browser), "the answer")
+        seen = "const b = document.querySelector('#answer .fd-answer').getBoundingClientRect(); return "
+        wait(browser, lambda: browser.execute_script(seen + "0 <= b.top && b.bottom <= innerHeight"), "it in view")
+        left, right, page = browser.execute_script(seen + "[b.left, b.right, document.documentElement.scrollWidth]")
+        assert 0 <= left and right <= 390 and page <= 390
+        cut = browser.execute_script(
+            "return [...document.querySelectorAll('#answer .fd-answer span, #answer .fd-answer div')]"
+            ".filter(e => e.scrollWidth > e.clientWidth + 1 && e.clientWidth).map(e => e.innerText)")
+        assert cut == []
+        if where := os.environ.get("FD_FOCUS_SCREENSHOT"): browser.save_screenshot(where.replace(".png", "_phone.png"))
+    finally: browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_a_text_gets_a_friendly_word(browser, place):
@@ -478,12 +501,15 @@ def test_any_picture(classifier, tmp_path, make):
     ("png", (900, 700), 73), ("jpg", (900, 700), 73), ("jpg", (5000, 4400), 73), ("png", (900, 700), None),
     ("tif", (900, 700), 73)])
 def test_a_picture_is_decoded_once(classifier, tmp_path, monkeypatch, kind, size, min_side):
+    "A JPEG that the network reads at less than the drawings need is decoded again for these; never whole."
     bird().resize(size).save(tmp_path / f"x.{kind}")
     monkeypatch.setattr(classifier, "min_side", min_side)
     want, decoded, prepare = classifier.predict(tmp_path / f"x.{kind}"), [], ImageFile.ImageFile.load_prepare
     monkeypatch.setattr(ImageFile.ImageFile, "load_prepare", lambda self: (decoded.append(self.size), prepare(self)))
     text, found = attempt(classifier, tmp_path / f"x.{kind}", "x")
-    assert len(decoded) == 1 and decoded[0][0] <= 900 and found.prediction.size == size[::-1]
+    reduced = kind == "jpg" and min_side is not None
+    assert len(decoded) == 1 + reduced and decoded[-1][0] <= 2500 and found.prediction.size == size[::-1]
+    assert max(found.regions.size) == 640 and max(found.zooms[0].size) >= 296
     assert found.prediction.probabilities.equal(want.probabilities)             # as the command says it
 
 
@@ -494,7 +520,30 @@ def test_a_picture_that_unfolds_is_refused(classifier, tmp_path, kind, monkeypat
     def refuse(self): raise AssertionError("it was decoded")
     monkeypatch.setattr(ImageFile.ImageFile, "load_prepare", refuse)
     text, found = attempt(classifier, tmp_path / f"x.{kind}", "x")
-    assert found is None and "million: perhaps a decompression bomb. Shrink the picture" in text
+    assert found is None and "x has too many pixels" in text
+    assert "36 megapixels (6,000 × 6,000 pixels); a picture may have 32 here, a JPEG up to 512" in text
+
+
+@pytest.mark.parametrize("kind", ["png", "tif", "bmp"])
+def test_three_hundred_megapixels_are_told_in_a_users_words(classifier, tmp_path, kind):
+    "Even Pillow's own limit; no PIL, no bomb, no setting that a visitor cannot reach."
+    Image.new("1", (20000, 15000)).save(tmp_path / f"x.{kind}")
+    text, found = attempt(classifier, tmp_path / f"x.{kind}", f"holiday.{kind}")
+    assert found is None and f"holiday.{kind} has too many pixels" in text and "It has 300 megapixels" in text
+    assert "PIL" not in text and "bomb" not in text and str(tmp_path) not in text
+
+
+@pytest.mark.parametrize("kind, said", [("gif", "It is an animation: the answer is about its first frame."),
+                                        ("webp", "It is an animation: the answer is about its first frame."),
+                                        ("png", "It is an animation: the answer is about its first frame."),
+                                        ("tif", "The file has several pages: the answer is about the first.")])
+def test_of_an_animation_the_first_frame_is_looked_at(classifier, tmp_path, kind, said):
+    first, others = bird(1), [bird(2), bird(4)]
+    first.save(tmp_path / f"x.{kind}", save_all=True, append_images=others)
+    first.save(tmp_path / f"one.{kind}")
+    for source in (tmp_path / f"x.{kind}", (tmp_path / f"x.{kind}").read_bytes()):
+        assert said in attempt(classifier, source, "x")[0]
+    assert said not in attempt(classifier, tmp_path / f"one.{kind}", "x")[0]
 
 
 def chunk(kind, data): return len(data).to_bytes(4) + kind + data + zlib.crc32(kind + data).to_bytes(4)
@@ -530,10 +579,10 @@ def test_heat_lies_over_the_view(classifier):
     "A model that sees the centre alone: the map is drawn there, and the rest is dark."
     found = classifier.predict(bird())
     found = replace(found, view=torch.tensor([60., 60., 180., 180.]), attention=torch.ones(6, 6).triu())
-    drawn = np.asarray(draw_heat(Image.new("RGB", (240, 240), "white"), found, 1.))
-    assert (drawn[:60] == 127).all() and (drawn[:, 180:] == 127).all()
-    inside = drawn[60:180, 60:180].astype(int).sum(2)
-    assert inside[5, -5] > 500 and inside[-5, 5] < 50
+    drawn = np.asarray(draw_heat(Image.new("RGB", (240, 240), "white"), found))
+    assert (drawn[:60] == 63).all() and (drawn[:, 180:] == 63).all()
+    inside = drawn[60:180, 60:180].astype(int)
+    assert (inside[5, -5] == 255).all() and inside[-5, 5].max() < 110
 
 
 def test_plain_model_and_its_words(place, classifier, monkeypatch):
@@ -545,7 +594,10 @@ def test_plain_model_and_its_words(place, classifier, monkeypatch):
     plain = FocusClassifier.load(place / "plain", "cpu")
     text, _ = build_app(plain).ask(str(place / "plain.png"))
     assert "shows no regions" in text and "Nobody chose a limit" in text and "not calibrated" in text
-    assert text.count("<img") == 1 and "What the network saw" in text
+    assert text.count("<img") == 2 and "What the network saw" in text and "Attention: dark is" in text
+    answer = plain.predict(place / "plain.png")
+    assert answer.attention.ndim == 2 and len(answer.boxes) == 0
+    assert answer.explained().image().height > answer.explained().regions.height      # the map stands in the picture
     assert "| method | plain |" in about(plain) and "temperature 1.50" in about(classifier)
 
 
@@ -565,7 +617,7 @@ def test_one_look_was_enough(folder, place):
     text, found = attempt(once, bird(), "x.png")
     assert found.prediction.looked_again is False and found.zooms == [] and len(found.prediction.boxes) == 4
     assert "One look was enough." in text and "Zoom 1" not in text and text.count("<img") == 2
-    assert "Where it would have looked again, best first: red, green, blue, yellow" in text
+    assert "Where it would have looked again, best first" in text
     doubt = replace(found, prediction=replace(found.prediction, sure=False), threshold=.99)
     assert "One look was enough" not in doubt.card() and "The model took one look; only pictures it is" in doubt.card()
     assert "| second look | never |" in about(once)
@@ -575,7 +627,7 @@ def test_the_first_look_was_unsure(folder, place, classifier):
     text, found = attempt(choosy(place, 2.), bird(), "x.png")
     assert found.prediction.looked_again is True and len(found.zooms) == 4 and "Zoom 4" in text
     assert "The first look was unsure, so the model looked again, at the regions below." in text
-    assert "Regions, best first: red" in text and "| second look | always |" in about(choosy(place, 2.))
+    assert "Regions, best first" in text and "| second look | always |" in about(choosy(place, 2.))
     assert "| second look | where its first look is less than 62.5 % sure |" in about(choosy(place, .625))
     text, found = attempt(classifier, bird(), "x.png")                # a model that treats all pictures alike
     assert found.prediction.looked_again is None and found.looks() == "" and len(found.zooms) == 4
@@ -636,6 +688,13 @@ def test_how_sure_is_said(classifier, folder):
     assert "On test pictures no limit made this model's answers good enough" in says(
         False, 2.0, judges="test"
     ) and "> 99" not in says(False, 2.0)
+    counts = dict(evidence=dict(right=57, of=63, pictures=90, wanted=.9))
+    counted = replace(found, prediction=replace(found.prediction, sure=True, model=counts | dict(threshold=.8)),
+                      threshold=.8)
+    assert "sure from 80 % on: right in 57 of 63 such validation pictures." in counted.sentence()
+    never = replace(counted, prediction=replace(counted.prediction, sure=False, model=counts | dict(threshold=2.)),
+                    threshold=2.)
+    assert "It is never sure: 90 validation pictures could not promise 90 % for any limit." in never.sentence()
     for one in (says(True, 1.0), says(False, 1.0)):
         assert "from > 99 % on" in one and "no limit" not in one  # the value of old folders: a limit like any other
     net = load_focus(folder)
@@ -683,3 +742,76 @@ def test_fit_keeps_proportions(classifier):
     image, moved = fit(wide, found, 150)
     assert image.size == (150, 50) and moved.size == (50, 150)
     assert torch.allclose(moved.boxes, found.boxes / 2, atol=1e-3)
+
+
+NAMES = ["Wren", "094.Dodge_Durango_SUV_2012", "W" * 300, "x_" * 2000, "鷦鷯 шапка", "\U0001f426 bird", "$x_1^{", "",
+         " ", "two\nlines\x1b[31m", "caf\udce9", "<b>bold</b>", "\u202etxet", "a b " * 40]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
+def test_a_card_is_a_picture_whatever_a_class_is_called(classifier, name):
+    found = classifier.predict(bird())
+    for sure in (True, False, None):
+        one = replace(found, label=name, top5=[(name, .6), ("other", .4)], sure=sure, looked_again=sure,
+                      model=found.model | dict(threshold=None if sure is None else .5)).explained()
+        image = one.image()
+        assert image.mode == "RGB" and image.width == 1352 and 900 < image.height < 4000
+        assert one.to_html().encode("utf-8", "surrogatepass")
+
+
+def test_names_that_differ_at_their_end_do_so_on_the_card(classifier):
+    "Their ends are drawn: two cards differ; and none is wider than its place."
+    found, start = classifier.predict(bird()), "044.Bentley_Continental_Flying_Spur_Sedan_Long_Wheelbase_200"
+    def card(name): return replace(found, label=name, top5=[(name, 1.)]).explained()._panel(1296)
+    assert card(start + "6").size == card(start + "7").size and card(start + "6") != card(start + "7")
+    for width in (60, 200, 450):
+        lines = sheet.wrapped(start, sheet.font_for(start, 24), width)
+        assert "".join(lines) == start and all(sheet.font_for(start, 24).getlength(line) <= width for line in lines)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3000, 40), (40, 3000), (640, 480), (64, 64)])
+def test_a_card_of_a_picture_of_any_shape(classifier, size):
+    found = classifier.predict(bird().resize(size))
+    for again in (True, False, None):
+        image = replace(found, looked_again=again).explained().image()
+        assert image.width == 1352 and 300 < image.height < 3000
+
+
+def test_a_prediction_shows_itself(classifier, tmp_path, monkeypatch):
+    "As what the model says when it is asked anew, and without asking it."
+    bird(3).save(tmp_path / "x.png")
+    found, want = classifier.predict(tmp_path / "x.png"), explain(classifier, tmp_path / "x.png")
+    streamed = [one for _, one in classifier.stream(iter([tmp_path / "x.png", bird(3)]))]
+    assert [one.source for one in streamed] == [tmp_path / "x.png", None]
+    monkeypatch.setattr(FocusClassifier, "_answers", None)
+    assert found.explained().image() == want.image() and found._repr_html_() == want.to_html()
+    assert streamed[1].explained(bird(3)).image().size == want.image().size
+    with pytest.raises(ValueError, match="remembers no picture; give it"): streamed[1].explained()
+    assert "<img" not in streamed[1]._repr_html_() and streamed[1].label in streamed[1]._repr_html_()
+    shown = []
+    monkeypatch.setattr(Image.Image, "show", lambda self: shown.append(self))
+    found.show()
+    assert shown == [want.image()]
+    (tmp_path / "x.png").unlink()
+    assert found._repr_html_() == _spoken(found).to_html()                       # the words are left
+    with pytest.raises(FileNotFoundError): found.explained()
+
+
+def test_a_stream_is_explained(classifier, tmp_path):
+    bird(3).save(tmp_path / "x.png")
+    with open(tmp_path / "x.png", "rb") as file: assert classifier.predict(file).explained().zooms
+    with open(tmp_path / "x.png", "rb") as file: assert explain(classifier, file).zooms
+
+
+def test_frames_stay_readable():
+    "On a picture of their own colour there is a dark edge on both sides; boxes in one place have numbers in four."
+    for i, colour in enumerate(["red", "lime", "blue", "yellow", "white"]):
+        boxes = [(-50, -50, -40, -40)] * i + [(100, 100, 300, 300)]
+        drawn = np.asarray(sheet.draw_frames(Image.new("RGB", (640, 640), colour), boxes))
+        row = drawn[250, 90:115].astype(int).sum(1)
+        dark = np.flatnonzero(row == 0)
+        assert len(dark) >= 4 and np.diff(dark).max() > 2, colour
+    plain = sheet.draw_frames(Image.new("RGB", (640, 640)), [(100, 100, 300, 300)] * 4)
+    plates = [plain.getpixel((x, y)) for x, y in ((110, 110), (290, 110), (110, 290), (290, 290))]
+    assert sorted(plates) == sorted([(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)])
+    assert sheet.draw_frames(Image.new("RGB", (9, 9)), [(1, 1, 7, 7)]).size == (9, 9)

@@ -14,20 +14,20 @@ import queue
 import threading
 from collections.abc import Iterable, Iterator, Sized
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from fastcore.basics import patch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from ..data.pictures import _read, open_image, upright_size
 from ..methods import Method
-from ..regions import REGION_COLOURS
 from .model_folder import load_focus
+from .sheet import draw_frames
 
 # %% ../../nbs/61_predict.ipynb #92_predict011
 def _to_numpy(tensor: Tensor) -> np.ndarray:
@@ -67,6 +67,11 @@ def _rewound(stream):
     except (AttributeError, OSError): stream = stream.read()     # a pipe
     if isinstance(stream, str): raise ValueError("give bytes: open it with 'rb', or take .buffer")
     return io.BytesIO(stream) if isinstance(stream, bytes) else stream
+
+def _lasting(source):
+    "A picture that can be opened twice: a stream that can go back; anything else as it is."
+    try: return _rewound(source) if hasattr(source, "read") else source
+    except ValueError: return source         # `open_any` says what is wrong with it
 
 def open_any(
     source,                       # path, PIL picture, bytes, binary file, array (H,W,3) or (H,W), tensor (3,H,W)
@@ -122,6 +127,8 @@ class Prediction:
     view: Tensor                     # (4,) xyxy: the part of the original that the network saw
     size: tuple[int, int]            # height and width of the original
     looked_again: bool | None = None # it needed a second look; None: the model treats all pictures alike
+    source: object = field(default=None, repr=False, compare=False)        # the picture, where it is remembered
+    model: dict = field(default_factory=dict, repr=False, compare=False)   # config.json of the model that says so
 
     def __repr__(self):
         doubt = {None: "", True: ", sure", False: ", not sure"}[self.sure]
@@ -261,7 +268,7 @@ def _one(self: FocusClassifier, found: dict[str, Tensor], view: np.ndarray, size
     sure = None if self.threshold is None else probability >= self.threshold
     again = bool(found["looked_again"]) if "looked_again" in found else None
     return Prediction(label, probability, sure, top5, probabilities, boxes, scores, found.get("attention"), view, size,
-                      looked_again=again)
+                      looked_again=again, model=self.config)
 
 # %% ../../nbs/61_predict.ipynb #61_predict_007
 class _Ahead:
@@ -305,7 +312,10 @@ def _batch(self: FocusClassifier, futures: list[tuple]) -> Iterator[tuple]:
     opened = [future.exception() or future.result() for _, future in futures]
     good = [one for one in opened if isinstance(one, tuple)]
     answers = iter(self._answers(good) if good else ())
-    for (source, _), one in zip(futures, opened): yield source, next(answers) if isinstance(one, tuple) else one
+    for (source, _), one in zip(futures, opened):
+        found = next(answers) if isinstance(one, tuple) else one
+        is_file = isinstance(source, (str, Path)) and isinstance(found, Prediction)
+        yield source, replace(found, source=source) if is_file else found
 
 @patch
 def stream(self: FocusClassifier,
@@ -340,9 +350,9 @@ def predict(self: FocusClassifier,
     "Class, probabilities, regions. Errors name the picture that cannot be read; ValueError for an answer of NaN."
     pictures = _pictures(source)
     if pictures is not None: return [found for _, found in self.stream(pictures, bs, on_error="raise")]
-    found, = self._answers([self._prepare(source)])
+    found, = self._answers([self._prepare(source := _lasting(source))])
     if isinstance(found, Exception): raise found
-    return found
+    return replace(found, source=source)
 
 # %% ../../nbs/61_predict.ipynb #92_predict041
 def draw_prediction(
@@ -350,15 +360,11 @@ def draw_prediction(
     prediction: Prediction,
     longest: int | None = None,  # reduce the picture so that its longer side has so many pixels
 ) -> Image.Image:
-    "The original with its regions in red, green, blue, yellow, then white; what the network did not see is darker."
+    "The original with its regions, numbered, in red, green, blue, yellow, then white; what was not seen is darker."
     scale = min(1., longest / max(prediction.size)) if longest else 1.
     size = tuple(max(1, round(side * scale)) for side in prediction.size[::-1])
     image = open_any(source, min(size))[0]
     if image.size != size: image = image.resize(size, Image.Resampling.LANCZOS)
     dark, view = image.point(lambda value: value // 2), [round(side * scale) for side in prediction.view.tolist()]
     dark.paste(image.crop(view), view[:2])
-    draw, width = ImageDraw.Draw(dark), max(2, round(max(image.size) / 160))
-    for i, box in reversed(list(enumerate(prediction.boxes.tolist()))):
-        colour = REGION_COLOURS[i] if i < len(REGION_COLOURS) else "white"
-        draw.rectangle([side * scale for side in box], outline=colour, width=width)
-    return dark
+    return draw_frames(dark, (prediction.boxes * scale).tolist())
