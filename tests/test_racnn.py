@@ -234,7 +234,8 @@ def test_mixed_pictures_have_no_true_class():
 
 def test_a_fit_leaves_the_compilers_settings_alone():
     before = torch._functorch.config.donated_buffer
-    fit(learner())
+    fit(learn := learner())
+    learn.get_preds()
     with pytest.raises(ValueError): fit(learner([MixUp()]))
     assert torch._functorch.config.donated_buffer == before
 
