@@ -1,15 +1,15 @@
 "Exported graphs answer as the network does, and a comparison that should fail does."
+import ast
 import io
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import shaken
-from PIL import Image
+from PIL import Image, ImageCms
 
 from fd_focus.data.loaders import FocusDataLoaders
 from fd_focus.methods import METHODS, Method
@@ -192,6 +192,11 @@ def test_input_larger_than_the_first_look(tmp_path):
     assert torch.allclose(run(x)["probabilities"], want, atol=1e-4) and run(x)["boxes"].max() > 64
 
 
+# A program without this library
+
+def session(file): return pytest.importorskip("onnxruntime").InferenceSession(file, providers=["CPUExecutionProvider"])
+
+
 @pytest.mark.parametrize(
     "prepared",
     [
@@ -204,15 +209,6 @@ def test_input_larger_than_the_first_look(tmp_path):
 )
 @pytest.mark.parametrize("size,orientation", [((640, 410), 1), ((300, 777), 6), ((50, 70), 3)])
 def test_without_this_library(saved, tmp_path, prepared, size, orientation):
-    "The program that the notebook shows needs PIL, NumPy and ONNX Runtime alone, and answers as the library does."
-    pytest.importorskip("onnxruntime")
-    cells = json.loads((Path(__file__).parents[1] / "nbs" / "64_export.ipynb").read_text(encoding="utf-8"))["cells"]
-    program = next(
-        "".join(cell["source"]) for cell in cells if "def answer(graph, file)" in "".join(cell["source"])
-    ).split("photograph = ")[0]
-    assert "torch" not in program and "fd_focus" not in program
-    shown = dict(json=json, np=np)
-    exec(program, shown)
     y, x = np.mgrid[0:size[1], 0:size[0]]
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -223,13 +219,165 @@ def test_without_this_library(saved, tmp_path, prepared, size, orientation):
     ).save(tmp_path / "x.jpg", exif=exif)
     net = load_focus(saved)
     net.about |= prepared
-    label, probability, boxes = shown["answer"](export_model(net, tmp_path / "x.onnx"), tmp_path / "x.jpg")
+    found = export.answer_photo(session(export_model(net, tmp_path / "x.onnx")), tmp_path / "x.jpg")
     want = FocusClassifier(net, "cpu").predict(tmp_path / "x.jpg")
     assert (
-        label == want.label
-        and abs(probability - want.probability) < 2e-3
-        and np.abs(boxes - want.boxes.numpy()).max() < 0.01
+        found["label"] == want.label
+        and abs(found["probability"] - want.probability) < 2e-3
+        and np.abs(found["boxes"] - want.boxes.numpy()).max() < 0.01
     )
+
+
+def drawn_pictures(folder):
+    "Pictures of every kind that a user may have."
+    rng, files, exif = np.random.default_rng(0), [], Image.Exif()
+    def keep(picture, name, **options):
+        picture.save(folder / name, **options)
+        files.append(folder / name)
+    def picture(width, height, channels=3):
+        small = rng.integers(0, 256, (9, 7, channels), dtype=np.uint8)
+        return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+    for i, size in enumerate([(201, 77), (33, 500), (64, 64), (1, 90), (999, 1), (1400, 1050), (4, 3)]):
+        keep(picture(*size), f"{i}.{'png' if min(size) < 9 else 'jpg'}")
+    for orientation in range(2, 9):
+        exif[0x0112] = orientation
+        keep(picture(300, 170), f"turned{orientation}.jpg", exif=exif)
+    exif[0x0112] = 6
+    keep(picture(900, 600), "turned.tif", exif=exif)
+    keep(picture(90, 130).convert("L"), "grey.jpg")
+    keep(picture(90, 130).convert("1"), "black_or_white.png")
+    keep(picture(120, 80, 4), "transparent.png")
+    keep(picture(120, 80, 4).convert("LA"), "grey_transparent.png")
+    keep(picture(120, 80).quantize(40), "palette.png")
+    keep(picture(120, 80).quantize(40), "palette_transparent.png", transparency=3)
+    keep(picture(150, 80).convert("CMYK"), "inks.jpg")
+    keep(picture(150, 80), "webp.webp", lossless=True)
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    keep(picture(150, 80), "of_another_kind.png", icc_profile=lab)
+    keep(picture(150, 80), "srgb.png", icc_profile=srgb)
+    keep(picture(150, 80), "damaged.png", icc_profile=b"no profile")
+    return files
+
+
+def photographs(data):
+    "24 of them: 12 species and 12 cars."
+    return [next(iter(sorted(folder.glob("*.jpg"))))
+            for place in ("cub_birds50", "cars_sedan33")
+            for folder in sorted(folder for folder in (data / place).rglob("*") if next(folder.glob("*.jpg"), 0))[:12]]
+
+
+def answers_alike(net, folder, files):
+    "Ask the program that lies beside a graph, in a process of its own; and this library."
+    pytest.importorskip("onnxruntime")
+    graph = export_model(net, folder / "model.onnx")
+    classes, program = export.write_beside(net, graph)
+    assert (classes, program) == (folder / "model.classes.json", folder / "preprocess.py")
+    assert json.loads(classes.read_text()) == net.classes
+    told = subprocess.run([sys.executable, "-W", "error", program.name, graph.name, *map(str, files)],
+                          cwd=folder, capture_output=True, text=True, env={"PATH": ""})
+    assert told.returncode == 0, told.stderr
+    wanted = FocusClassifier(net, "cpu").predict([str(file) for file in files])
+    asked = session(graph)
+    for file, line, want in zip(files, told.stdout.splitlines(), wanted, strict=True):
+        found = export.answer_photo(asked, file)
+        sure = {None: "", True: ", sure", False: ", not sure"}[want.sure]
+        assert line == f"{file}: {found['label']}, {100 * found['probability']:.1f} %{sure}"
+        assert (found["label"], found["sure"]) == (want.label, want.sure), file.name
+        assert abs(found["probability"] - want.probability) < 2e-3, file.name
+        assert np.abs(found["boxes"] - want.boxes.numpy()).max(initial=0) < .05 * max(want.size), file.name
+
+
+PREPARED = [dict(resize=[73, 73], min_side=73), dict(squash=False, resize=[80, 72], threshold=.6)]
+
+@pytest.mark.parametrize("prepared", PREPARED, ids=str)
+def test_who_knows_only_the_file_gets_the_same_answers(saved, tmp_path, prepared):
+    net = load_focus(saved)
+    net.about |= prepared
+    answers_alike(net, tmp_path, drawn_pictures(tmp_path))
+
+
+@pytest.mark.parametrize("prepared", PREPARED, ids=str)
+def test_the_same_answers_on_photographs(saved, data, tmp_path, prepared):
+    net = load_focus(saved)
+    net.about |= prepared
+    assert len(files := photographs(data)) == 24
+    answers_alike(net, tmp_path, files)
+
+
+def test_a_profile_of_colours_counts(tmp_path):
+    "A photograph in Adobe RGB, or a telephone's P3, has other numbers for the same colours."
+    from fd_focus.data.pictures import open_image
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((80, 60))
+    profile = wide_profile()
+    for mode in ("RGB", "RGBA"):
+        picture.convert(mode).save(tmp_path / "wide.png", icc_profile=profile)
+        ours, theirs = (np.asarray(opened).astype(int) for opened in (
+            open_image(tmp_path / "wide.png"), export.upright(Image.open(tmp_path / "wide.png"))))
+        assert np.abs(ours - theirs).max() <= 1 and np.abs(ours - np.asarray(picture).astype(int)).max() > 20
+    Image.fromarray(np.full((9, 9), 40000, np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(ValueError, match="more than 8 bits a colour"): export.upright(Image.open(tmp_path / "deep.png"))
+
+
+def wide_profile():
+    "sRGB's profile with the red, green and blue of Adobe RGB, under another name."
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    entries = range(132, 132 + 12 * profile[131], 12)
+    places = {bytes(profile[i:i + 4]): int.from_bytes(profile[i + 4:i + 8]) for i in entries}
+    for tag, xyz in ((b"rXYZ", (.60974, .31111, .01947)), (b"gXYZ", (.20528, .62567, .06087)),
+                     (b"bXYZ", (.14919, .06322, .74457))):
+        at = places[tag]
+        profile[at + 8:at + 20] = b"".join(round(value * 65536).to_bytes(4, "big") for value in xyz)
+    return bytes(profile).replace("sRGB".encode("utf-16-be"), "wide".encode("utf-16-be"))
+
+
+def test_wrong_pixels_get_no_answer(saved, tmp_path):
+    "Up to 255, or with a mean subtracted: NaN for these pictures, and an answer for the others of the batch."
+    net = load_focus(saved)
+    right = toy_images((64, 64), 4)
+    mean, std = (torch.tensor(values)[:, None, None] for values in net.stats)
+    for format, suffix in export.FORMATS.items():
+        run = run_exported(export_model(net, tmp_path / f"model{suffix}", format))
+        found = run(torch.stack([right[0], 255 * right[1], (right[2] - mean) / std, 2 * right[3] - 1]))["probabilities"]
+        assert found.isfinite().all(1).tolist() == [True, False, False, False]
+        assert torch.allclose(found[0], run(right)["probabilities"][0], atol=1e-5)
+        edges = torch.stack([torch.zeros(3, 64, 64), torch.ones(3, 64, 64), right[0] * 1.004 - .002])
+        assert run(edges)["probabilities"].isfinite().all()
+
+
+def test_what_a_graph_says_of_itself(saved, tmp_path):
+    "An old folder says less of how it was prepared; the graph says all."
+    net = load_focus(saved)
+    for name in ("resize", "squash", "min_side"): del net.about[name]
+    graph = export_model(net, tmp_path / "model.onnx")
+    about = {name: json.loads(text) for name, text in session(graph).get_modelmeta().custom_metadata_map.items()}
+    want = FocusClassifier(net, "cpu")
+    assert tuple(about["resize"]) == want.resize == (73, 73)
+    assert tuple(about["input_size"]) == want.input_size == (64, 64)
+    assert (about["squash"], about["min_side"]) == (want.squash, want.min_side) == (True, None)
+    assert about["classes"] == net.classes and about["preparation"] == export.how_to_prepare(net)
+    words = " ".join(about["preparation"])
+    for said in ("EXIF", "RGB (not BGR)", "73 x 73", "squashed", "bilinear", "centre, 64 x 64", "0 to 1", "no mean"):
+        assert said in words
+    net.about["banner"] = 20
+    assert "cut off the lowest 20 pixels where it has the banner" in " ".join(export.how_to_prepare(net))
+
+
+def test_the_program_needs_little_and_spares_what_is_there(saved, tmp_path):
+    net = load_focus(saved)
+    (tmp_path / "preprocess.py").write_text("mine")
+    classes, program = export.write_beside(net, tmp_path / "v2.model.onnx")
+    assert (classes.name, program.name) == ("v2.model.classes.json", "v2.model.preprocess.py")
+    assert (tmp_path / "preprocess.py").read_text() == "mine"
+    (tmp_path / "preprocess.py").unlink()
+    for _ in range(2): assert export.write_beside(net, tmp_path / "a.onnx")[1].name == "preprocess.py"
+    assert [file.name for file in export.write_beside(net, tmp_path / "b.pt2")] == ["b.classes.json"]
+    tree = ast.parse(program.read_text())
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert names == {"io", "json", "sys", "numpy", "PIL", "onnxruntime"}
+    assert max(map(len, program.read_text().splitlines())) <= 120
 
 
 def test_parity_fails_where_it_should(dls, tmp_path):
@@ -359,6 +507,12 @@ def test_folding_leaves_what_it_cannot_trace():
 
 # The command
 
+def written(folder):
+    "All but what lies beside a graph for those who have no fd_focus."
+    names = {str(place.relative_to(folder)) for place in folder.rglob("*")}
+    return {name for name in names if not name.endswith((".classes.json", "preprocess.py"))}
+
+
 def test_command(saved, data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     fd_focus_export(model=str(saved))
@@ -370,7 +524,7 @@ def test_command(saved, data, tmp_path, monkeypatch, capsys):
         model=str(saved), format="torch-export", out="deep/birds.pt2", images=[str(data / "cars_sedan33")], n=3
     )
     assert "3 pictures: 3 with the same class" in capsys.readouterr().out
-    assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")} == {"model.onnx", "deep", "deep/birds.pt2"}
+    assert written(tmp_path) == {"model.onnx", "deep", "deep/birds.pt2"}
     def message(**kwargs):
         with pytest.raises(SystemExit) as end: fd_focus_export(**dict(model=str(saved)) | kwargs)
         return end.value.code
@@ -393,7 +547,7 @@ def test_one_export_to_a_file_at_a_time(saved, tmp_path):
             fd_focus_export(model=str(saved), out=str(file), n=2)
         other.kill()
     fd_focus_export(model=str(saved), out=str(file), n=2)
-    assert list(tmp_path.iterdir()) == [file]
+    assert written(tmp_path) == {"model.onnx"}
 
 
 def test_command_reads_a_list(saved, data, tmp_path, monkeypatch, capsys):

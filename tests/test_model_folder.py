@@ -28,7 +28,7 @@ from fd_focus.evidence.calibration import Calibration
 from fd_focus.training.settings import Settings
 from fd_focus.use.config import add_metrics, as_json, check_config, judges, rests_on, write_card
 from fd_focus.use.model_folder import _at_most, _check_arch, _sketch, load_focus, push_to_hub, save_focus
-from fd_focus.use.predict import FocusPipeline
+from fd_focus.use.predict import FocusClassifier, FocusPipeline
 
 
 @pytest.fixture(scope="module")
@@ -633,9 +633,30 @@ def aircraft(dls, folder):
     return save_focus(learn, folder)
 
 
-def test_a_banner_is_recorded(dls, folder, tmp_path):
-    assert json.loads((aircraft(dls, tmp_path / "planes") / "config.json").read_text())["banner"] == 20
+def test_a_banner_is_recorded_and_cut_where_the_user_says_so(dls, folder, tmp_path):
+    "A photograph from elsewhere keeps its lowest pixels; one with a banner answers as without it, whatever its size."
+    planes = aircraft(dls, tmp_path / "planes")
+    assert json.loads((planes / "config.json").read_text())["banner"] == 20
     assert "banner" not in json.loads((folder / "config.json").read_text())
+    rng = np.random.default_rng(0)
+    for width, height in ((100, 90), (640, 500), (70, 20)):
+        view = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((width, height), 3)
+        with_banner = Image.new("RGB", (width, height + 20), "white")
+        with_banner.paste(view)
+        for name, picture in (("view", view), ("banner", with_banner)): picture.save(tmp_path / f"{name}.png")
+        whole, cut = (FocusClassifier.load(planes, "cpu", banner=banner) for banner in (False, True))
+        want, got = whole.predict(tmp_path / "view.png"), cut.predict(tmp_path / "banner.png")
+        assert torch.allclose(want.probabilities, got.probabilities, atol=1e-6)
+        assert torch.allclose(want.boxes, got.boxes) and torch.allclose(want.view, got.view)
+        assert got.size == (height + 20, width)                              # of the file, as its boxes are
+        assert not torch.equal(whole.pixels(with_banner), cut.pixels(with_banner))
+        assert torch.equal(whole.pixels(view), FocusClassifier.load(folder, "cpu").pixels(view))
+    large = Image.new("RGB", (1200, 920), "white")
+    large.paste(Image.new("RGB", (1200, 900)))
+    large.save(tmp_path / "large.jpg", quality=100, subsampling=0)           # decoded at reduced scale
+    assert cut.pixels(tmp_path / "large.jpg").max() < .1 < whole.pixels(tmp_path / "large.jpg").max()
+    with pytest.raises(ValueError, match="banner=True, but this model was trained on pictures without one"):
+        FocusClassifier.load(folder, "cpu", banner=True)
 
 
 # The name of the body

@@ -210,6 +210,7 @@ class FocusClassifier:
         net: Method,                         # from `load_focus`
         device: str | torch.device | None = None,  # None: a GPU where there is one
         fold: bool = True,                   # fold batch norm into the convolutions: faster, the same to rounding
+        banner: bool = False,                # its pictures have the banner below them that training cut off
     ):
         self.config, self.classes = net.about, net.classes
         self.device = _device(device)
@@ -220,19 +221,26 @@ class FocusClassifier:
         self.input_size = pair(self.config.get("input_size", self.config["image_size"]))
         self.resize = pair(self.config.get("resize", [round(side * 8 / 7) for side in self.input_size]))
         self.squash, self.min_side = self.config.get("squash", True), self.config.get("min_side")
+        self.banner = self.config.get("banner", 0) if banner else 0
+        if banner and not self.banner:
+            raise ValueError("banner=True, but this model was trained on pictures without one")
 
     @classmethod
-    def load(cls, folder: str | Path, device: str | torch.device | None = None, fold: bool = True) -> "FocusClassifier":
+    def load(cls, folder: str | Path, device: str | torch.device | None = None, fold: bool = True,
+             banner: bool = False) -> "FocusClassifier":
         "From a model folder; errors are those of `load_focus`."
-        return cls(load_focus(folder), device, fold)
+        return cls(load_focus(folder), device, fold, banner)
 
 # %% ../../nbs/61_predict.ipynb #92_predict032f
 @patch
 def _prepare(self: FocusClassifier, source) -> tuple[Tensor, np.ndarray, tuple]:
     "(3,S,S) uint8, view, and (height, width) of the original."
-    image, size = open_any(source, self.min_side)
+    image, size = open_any(source, self.min_side and self.min_side + self.banner)
+    scale = np.tile([size[1] / image.width, size[0] / image.height], 2)
+    strip = math.ceil(self.banner * image.height / size[0])        # a JPEG may come at reduced scale
+    if strip: image = image.crop((0, 0, image.width, max(1, image.height - strip)))
     seen, view = prepare(image, self.resize, self.input_size, self.squash)
-    view = view * np.tile([size[1] / image.width, size[0] / image.height], 2)
+    view = view * scale
     return torch.from_numpy(np.array(seen)).permute(2, 0, 1), view, size
 
 @patch
