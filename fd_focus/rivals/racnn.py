@@ -6,7 +6,7 @@
 __all__ = ['STEEPNESS', 'SHRINK', 'STRENGTH', 'box_gradient', 'scale_ranking_loss', 'ProposalNet', 'peak_square', 'nested',
            'ZoomInNet', 'WarmProposals']
 
-# %% ../../nbs/45_racnn.ipynb #45_racnn_046
+# %% ../../nbs/45_racnn.ipynb #45_racnn_004
 import copy
 import math
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from ..methods import Look, Method, bare, loss_terms
 from ..regions import _pair
 from ..zoom import _zoom_weighted, first_view, scale_boxes
 
-# %% ../../nbs/45_racnn.ipynb #45_racnn_050
+# %% ../../nbs/45_racnn.ipynb #45_racnn_008
 STEEPNESS, SHRINK = .05, .005        # k, and what makes a box smaller, of the released layer
 STRENGTH = 1e-7 * 3 * 224 ** 2       # its 1e-7, summed over a crop's values: a mean takes this instead
 
@@ -34,7 +34,7 @@ def _profile(half: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     d_low, d_high = STEEPNESS * low * (1 - low), STEEPNESS * high * (1 - high)
     return low - high, d_low - d_high, d_low + d_high
 
-# %% ../../nbs/45_racnn.ipynb #45_racnn_051
+# %% ../../nbs/45_racnn.ipynb #45_racnn_009
 def box_gradient(
     gradient: Tensor,   # (B,3,n,m) of a loss by a crop's values
     half: Tensor,       # (B,) half the side of the box, in pixels of the view it was cut from
@@ -49,7 +49,7 @@ def box_gradient(
     grow = total(grow_y, mask_x) + total(mask_y, grow_x)
     return torch.stack([total(mask_y, move_x), total(move_y, mask_x), SHRINK * weight.sum((1, 2)) - grow], 1)
 
-# %% ../../nbs/45_racnn.ipynb #45_racnn_056
+# %% ../../nbs/45_racnn.ipynb #45_racnn_014
 def scale_ranking_loss(
     probabilities: Tensor,   # (B,s) of the true class, scale by scale
     margin: float = .05,     # by how much the next scale must be surer
@@ -59,7 +59,7 @@ def scale_ranking_loss(
         raise ValueError(f"probabilities must be (B,s) with two or more scales, got {tuple(probabilities.shape)}")
     return (probabilities[:, :-1] - probabilities[:, 1:] + margin).clamp_min(0)
 
-# %% ../../nbs/45_racnn.ipynb #45_racnn_059
+# %% ../../nbs/45_racnn.ipynb #45_racnn_017
 class ProposalNet(nn.Module):
     "Says from a view's maps which part of it to look at: centre x, centre y, half side, as shares of the view's sides."
     def __init__(self, n_features: int, map_size: tuple[int, int], hidden: int = 256):
@@ -76,7 +76,7 @@ class ProposalNet(nn.Module):
         half = 1 / 6 + raw[:, 2:] / 3
         return torch.cat([half + (1 - 2 * half) * raw[:, :2], half], 1)
 
-# %% ../../nbs/45_racnn.ipynb #45_racnn_062
+# %% ../../nbs/45_racnn.ipynb #45_racnn_020
 def peak_square(
     maps: Tensor,   # (B,n,h,w)
 ) -> Tensor:        # (B,3) centre x, centre y, half side, as shares of the view's sides
@@ -95,7 +95,7 @@ def nested(
     centre, half = corner + sides * share[:, :2], sides * share[:, 2:]
     return torch.cat([centre - half, centre + half], 1)
 
-# %% ../../nbs/45_racnn.ipynb #45_racnn_065
+# %% ../../nbs/45_racnn.ipynb #45_racnn_023
 def _check_scales(scales: int, image_size: tuple[int, int], hidden: int, margin: float, warm: float):
     "ValueError for what does not fit."
     if not isinstance(scales, int) or scales < 2:
@@ -107,7 +107,7 @@ def _check_scales(scales: int, image_size: tuple[int, int], hidden: int, margin:
     if margin < 0: raise ValueError(f"margin={margin} must not be negative")
     if not 0 <= warm < 1: raise ValueError(f"warm={warm} is a share of the training: use 0 or more, and less than 1")
 
-# %% ../../nbs/45_racnn.ipynb #45_racnn_066
+# %% ../../nbs/45_racnn.ipynb #45_racnn_024
 class ZoomInNet(Method):
     "RA-CNN: the picture, a part of it, a part of that part; a network for each, and proposal networks between."
     def __init__(self,
@@ -142,7 +142,7 @@ class ZoomInNet(Method):
     @property
     def bodies(self) -> list[nn.Module]: return [self.body, *self.later]
 
-# %% ../../nbs/45_racnn.ipynb #45_racnn_068
+# %% ../../nbs/45_racnn.ipynb #45_racnn_026
 @patch
 def look_closer(self: ZoomInNet,
     x: Tensor,                   # (B,3,H,W) normalised pictures of `image_size` or larger
@@ -158,7 +158,7 @@ def look_closer(self: ZoomInNet,
         crop = _zoom_weighted(x, boxes[-1][:, None], self.zoom_size)[:, 0]
         crops.append(crop.requires_grad_() if self.training and torch.is_grad_enabled() else crop)
 
-# %% ../../nbs/45_racnn.ipynb #45_racnn_069
+# %% ../../nbs/45_racnn.ipynb #45_racnn_027
 @patch
 def answers(self: ZoomInNet,
     maps: list[Tensor],      # (B,n,h,w) of every scale
@@ -169,7 +169,7 @@ def answers(self: ZoomInNet,
     fused = torch.cat([F.normalize(feature.detach().float(), dim=1) for feature in features], 1)
     return dict(zip(self.heads, [*logits, self.fusion_head(fused)]))
 
-# %% ../../nbs/45_racnn.ipynb #45_racnn_070
+# %% ../../nbs/45_racnn.ipynb #45_racnn_028
 @patch
 def look(self: ZoomInNet, x: Tensor) -> Look:
     "The fusion's answer; the later views' boxes, and how sure each of them is of that answer; the mean response."
@@ -179,7 +179,7 @@ def look(self: ZoomInNet, x: Tensor) -> Look:
     scores = [heads[name].softmax(1).gather(1, guess) for name in self.heads[1:-1]]
     return Look(heads["fusion"], heads, torch.stack(boxes, 1), torch.cat(scores, 1), maps[0].float().mean(1))
 
-# %% ../../nbs/45_racnn.ipynb #45_racnn_073
+# %% ../../nbs/45_racnn.ipynb #45_racnn_031
 @patch
 def rank(self: ZoomInNet,
     heads: dict[str, Tensor],   # of `answers`
@@ -197,7 +197,7 @@ def rank(self: ZoomInNet,
     pull = torch.stack(pulls, 1)
     return loss.detach() + pull - pull.detach()                # the loss's value with the pull's gradient
 
-# %% ../../nbs/45_racnn.ipynb #45_racnn_074
+# %% ../../nbs/45_racnn.ipynb #45_racnn_032
 @patch
 def forward(self: ZoomInNet, x: Tensor, target: Tensor | None = None) -> Tensor | dict[str, Tensor]:
     "Eval: the answer (B,C). Training: logits of every head (B,C), peak and rank (B,s-1). It needs the true classes."
@@ -217,7 +217,7 @@ def losses(self: ZoomInNet, outputs: dict, target: Tensor, criterion: Callable) 
     terms = loss_terms({name: outputs[name] for name in self.heads}, target, criterion)
     return terms | {name: outputs[name].sum(1) for name in ("peak", "rank")}
 
-# %% ../../nbs/45_racnn.ipynb #45_racnn_077
+# %% ../../nbs/45_racnn.ipynb #45_racnn_035
 class WarmProposals(Callback):
     "Passes the true classes, and ends the warm-up of the proposal networks in time."
     def before_fit(self):
