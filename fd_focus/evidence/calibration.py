@@ -184,6 +184,7 @@ class Threshold:
     right: int = 0       # how many of those answers were right
     of: int = 0          # how many there are
 
+# %% ../../nbs/52_calibration.ipynb #52_calibration_017
 def confidence_threshold(
     probabilities: Tensor,   # (N,C) on validation data, calibrated or not
     targets: Tensor,         # (N,)

@@ -94,6 +94,7 @@ def _count(value) -> bool: return type(value) is int and 0 <= value < 1e12
 
 def _interval(value) -> bool: return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_number, value))
 
+# %% ../../nbs/59_config.ipynb #59_config_009
 _FIGURES = dict(accuracy=_number, test_accuracy=_number, test_interval=_interval, test_images=_count, valid_images=_count)
 
 def _metrics(value) -> bool:
@@ -174,6 +175,7 @@ def judges(
     "Which pictures its accuracy, temperature and threshold come from; 'validation' where it does not say."
     return "test" if config.get("judged_by") == "test" else "validation"
 
+# %% ../../nbs/59_config.ipynb #59_config_017
 def _as_given(share: float) -> str: return f"{100 * share:.3g} %"
 
 def rests_on(
@@ -272,6 +274,7 @@ def _figures(config: dict) -> list[str]:
         lines.append(f"Answers that count as sure: {words}{f' ({why})' if why else ''}.")
     return lines
 
+# %% ../../nbs/59_config.ipynb #59_config_018
 def _fields(config: dict) -> dict:
     "What the card says, by its place in it."
     rows = _recipe(config.get("settings", {})).items()

@@ -93,6 +93,7 @@ def _check_export(net: Method, format: str, opset: int | None) -> None:
         raise ValueError(f"the method {method_name(net)!r} answers differently each time: there is nothing to compare "
                          "a graph with")
 
+# %% ../../nbs/64_export.ipynb #64_export_010
 def _metadata(net: Method, outputs: tuple[str, ...]) -> dict[str, str]:
     "What a graph says of itself, as JSON: classes, threshold, outputs, and how a picture is prepared."
     known = getattr(net, "about", {})
@@ -238,6 +239,7 @@ if __name__ == "__main__":
         print(f"{{file}}: {{found['label']}}, {{100 * found['probability']:.1f}} %{{doubt}}")
 '''
 
+# %% ../../nbs/64_export.ipynb #64_export_011
 def write_beside(
     net: Method,         # from `load_focus`
     file: str | Path,    # its exported graph
