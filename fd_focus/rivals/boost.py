@@ -6,7 +6,7 @@
 __all__ = ['exponential_risk', 'boosting_weights', 'line_search', 'BoostNet', 'turn_of', 'TakeTurns', 'training_pictures',
            'SearchStep']
 
-# %% ../../nbs/42_boost.ipynb #42_boost_041
+# %% ../../nbs/42_boost.ipynb #42_boost_004
 import copy
 import math
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..methods import METHODS, Look, Method, bare, build_method
 from ..training.learner import over_processes
 
-# %% ../../nbs/42_boost.ipynb #42_boost_044
+# %% ../../nbs/42_boost.ipynb #42_boost_007
 def _pairs(scores: Tensor, target: Tensor) -> Tensor:
     "(B,C) exp(-(f_z - f_j) / 2), 0 for j = z; float32, and finite for any scores."
     scores, true = scores.float(), target[:, None]
@@ -43,7 +43,7 @@ def boosting_weights(
     pairs = _pairs(scores, target)
     return (-pairs).scatter(1, target[:, None], pairs.sum(1, keepdim=True))
 
-# %% ../../nbs/42_boost.ipynb #42_boost_047
+# %% ../../nbs/42_boost.ipynb #42_boost_010
 def line_search(
     risk: Callable[[float], float],   # with one valley
     high: float = 10.,                # the largest step to look at
@@ -64,7 +64,7 @@ def line_search(
             at_right = risk(right)
     return (low + high) / 2
 
-# %% ../../nbs/42_boost.ipynb #42_boost_053
+# %% ../../nbs/42_boost.ipynb #42_boost_016
 class BoostNet(Method):
     "A sum of networks, each fitted to what those before it got wrong (BoostCNN)."
     terms = ("boost",)
@@ -97,7 +97,7 @@ class BoostNet(Method):
         for body in self.members[self.round].bodies if self.resting else (): body.eval()
         return self
 
-# %% ../../nbs/42_boost.ipynb #42_boost_054
+# %% ../../nbs/42_boost.ipynb #42_boost_017
 def _member(base: str, body: nn.Module, n_classes: int, image_size: tuple[int, int]) -> Method:
     "One of the networks. ValueError for a method that cannot be boosted."
     if issubclass(METHODS[base], BoostNet): raise ValueError(f"base={base!r} boosts already: use 'bilinear' or 'plain'")
@@ -125,7 +125,7 @@ def risk(self: BoostNet) -> Tensor:
     "() the risk of the finished members, on training pictures."
     return (self.log_risk / 1e6).exp()
 
-# %% ../../nbs/42_boost.ipynb #42_boost_056
+# %% ../../nbs/42_boost.ipynb #42_boost_019
 @patch
 def boosted(self: BoostNet,
     x: Tensor,       # (B,3,H,W)
@@ -149,7 +149,7 @@ def losses(self: BoostNet, outputs: dict, target: Tensor, criterion: Callable) -
     wanted = boosting_weights(outputs["earlier"], target) / self.risk
     return dict(boost=(outputs["member"].float() - wanted).square().sum(1) / 8)      # see the text above: curvature
 
-# %% ../../nbs/42_boost.ipynb #42_boost_057
+# %% ../../nbs/42_boost.ipynb #42_boost_020
 @patch
 def teacher(self: BoostNet, outputs: dict) -> None:
     "Nobody learns from the sum but the next member."
@@ -161,7 +161,7 @@ def look(self: BoostNet, x: Tensor) -> Look:
     answer = sum(step * look.answer.float() for step, look in zip(self.shrink * self.alpha, looks))
     return Look(answer, boxes=looks[0].boxes, scores=looks[0].scores, attention=looks[0].attention)
 
-# %% ../../nbs/42_boost.ipynb #42_boost_060
+# %% ../../nbs/42_boost.ipynb #42_boost_023
 def turn_of(
     epoch: int,
     n_epoch: int,
@@ -172,7 +172,7 @@ def turn_of(
     t = epoch * rounds // n_epoch
     return t, -(-t * n_epoch // rounds), -(-(t + 1) * n_epoch // rounds)
 
-# %% ../../nbs/42_boost.ipynb #42_boost_062
+# %% ../../nbs/42_boost.ipynb #42_boost_025
 @patch
 def begin(self: BoostNet, t: int, afresh: bool) -> None:
     "Member t trains from now on; `afresh`: this is the start of its turn."
@@ -198,7 +198,7 @@ def at_rest(self: BoostNet) -> tuple[str, ...]:
     "Beginnings of the names of parameters that get no gradient now."
     return tuple(f"members.{t}." for t in range(self.rounds) if t != self.round)
 
-# %% ../../nbs/42_boost.ipynb #42_boost_063
+# %% ../../nbs/42_boost.ipynb #42_boost_026
 class TakeTurns(Callback):
     "Trains one member of a `BoostNet` after the other, each through the whole schedule."
     def before_fit(self): self.run = not (hasattr(self.learn, "lr_finder") or hasattr(self.learn, "gather_preds"))
@@ -224,7 +224,7 @@ class TakeTurns(Callback):
     def let_go(self): bare(self.model).rest(False)      # a FocusLearner calls it however a fit ends
     def after_fit(self): self.let_go()
 
-# %% ../../nbs/42_boost.ipynb #42_boost_065
+# %% ../../nbs/42_boost.ipynb #42_boost_028
 def training_pictures(
     learn,                 # a fastai Learner
     at_most: int = 2000,   # pictures, of all processes together
@@ -239,7 +239,7 @@ def training_pictures(
     else: loader = train.new(shuffle=False, drop_last=False)
     for x, y in loader: yield x.as_subclass(Tensor), y.as_subclass(Tensor)
 
-# %% ../../nbs/42_boost.ipynb #42_boost_066
+# %% ../../nbs/42_boost.ipynb #42_boost_029
 class SearchStep(Callback):
     "Finds the step of a member at the end of its turn."
     order, due = 85, False            # in validation after AverageWeights' 80
