@@ -9,10 +9,16 @@ __all__ = []
 from .toy import ToyBirds, ToyItem, ToyTruth, draw_bird, toy_items
 from .attention import attention_map, class_activation_maps, draw_attention, draw_image, smooth
 from .regions import REGION_COLOURS, draw_regions, propose, propose_from_table, region_grid, suppression_table
-from .zoom import zoom
+from .zoom import first_view, scale_boxes, zoom
 from .bodies import create_body, toy_resnet
 from .methods import METHODS, Look, Method, PlainNet, mean_of_heads, register
 from .focus import FocusNet
+from .rivals.bilinear import BilinearNet, bilinear_feature
+from .rivals.boost import BoostNet, boosting_weights
+from .rivals.macnn import ChannelPartsNet, compactness, diversity
+from .rivals.nts import NavigatorNet, ranking_loss
+from .rivals.partnet import PartNet, part_detection_probability
+from .rivals.racnn import ZoomInNet, scale_ranking_loss
 from .loss import FocusLoss
 from .draw import plot_attention, plot_focus, plot_regions, plot_zooms
 from .data.pictures import DataWarning, bad_images, check_images, duplicate_images, open_image
@@ -36,9 +42,44 @@ from .evidence.pointing import cam, point_with
 from .use.config import write_card
 from .use.model_folder import load_focus, push_to_hub, save_focus
 from .use.predict import FocusClassifier, FocusPipeline, Prediction, draw_prediction
+from .use.compare import compare_runs
 from .use.evaluate import Evaluation, evaluate, labelled_pictures
 from .use.export import check_parity, export_model
 from .use.answer import Explanation, explain
 from .use.app import build_app, focus_widget, launch_app
 
 __all__ = sorted(name for name in globals() if not name.startswith("_"))
+
+# %% ../nbs/90_all.ipynb #90_all_004
+import inspect as _inspect
+from fastcore.docments import docments as _docments
+
+def _arguments(function) -> str:
+    "Arguments and result of a function or class as lines, where comments describe them."
+    found = _docments(function, full=True)
+    named = {"Returns" if name == "return" else name: about["docment"] for name, about in found.items()
+             if about.get("docment")}
+    width = max(map(len, named), default=0)
+    return "\n".join(f"  {name.ljust(width)}  {' '.join(text.split())}" for name, text in named.items())
+
+def _explain(function) -> None:
+    "Add the arguments to its docstring, once."
+    if getattr(function, "_explained", False): return
+    try: lines = _arguments(function)
+    except (TypeError, OSError, SyntaxError): return         # no source at hand
+    if not lines: return
+    function.__doc__ = f"{_inspect.getdoc(function) or ''}\n\n{lines}"
+    function._explained = True
+
+def _explain_all(names: dict) -> None:
+    "Functions and classes of this package, and what a class can do."
+    ours = [thing for thing in names.values() if getattr(thing, "__module__", "").startswith("fd_focus.")]
+    for thing in ours:
+        if _inspect.isfunction(thing): _explain(thing)
+        if not isinstance(thing, type): continue
+        methods = [getattr(thing, name) for name in vars(thing) if not name.startswith("_")]
+        for method in (getattr(part, "__func__", part) for part in methods):      # of class methods too
+            if _inspect.isfunction(method) and method.__module__.startswith("fd_focus."): _explain(method)
+        if "__init__" in vars(thing): _explain(thing)
+
+_explain_all({_name: globals()[_name] for _name in __all__})

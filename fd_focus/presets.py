@@ -11,17 +11,18 @@ def _share(size: int | tuple[int, int], share: float) -> int | tuple[int, int]:
     if isinstance(size, int): return 2 * round(size * share / 2)
     return tuple(_share(side, share) for side in size)
 
-def paper(method: str = "focus", image_size: int = 448) -> dict:
-    "The paper's recipe (section 4.2)."
-    return dict(arch="resnet50.IMAGENET1K_V1", image_size=image_size, recipe="paper", epochs=100)
-
 LOOK_TWICE = ("focus", "random_regions", "mixed_regions")       # methods with the options of FocusNet
+
+def paper(method: str = "focus", image_size: int = 448) -> dict:
+    "The paper's recipe (section 4.2); its answer is that of the hybrid feature."
+    answer = dict(answer="hybrid") if method in LOOK_TWICE else {}
+    return dict(arch="resnet50.IMAGENET1K_V1", image_size=image_size, recipe="paper", epochs=100) | answer
 
 def photos(method: str = "focus", image_size: int | tuple[int, int] = 224) -> dict:
     "For photographs: a small first look, and a second one, at regions of a larger picture, where the first is unsure."
     second_look = dict(input_size=_share(image_size, 2), region_size=_share(image_size, 1 / 2),
-                       zoom_size=_share(image_size, 5 / 7), m=4, l=2, fusion="mean", answer="adaptive")
-    looks_twice = method in LOOK_TWICE
-    return dict(image_size=image_size, recipe="one_cycle", distill=1.) | (second_look if looks_twice else {})
+                       zoom_size=_share(image_size, 5 / 7), m=4, l=2, fusion="mean", answer="adaptive",
+                       distill=1.)
+    return dict(image_size=image_size, recipe="one_cycle") | (second_look if method in LOOK_TWICE else {})
 
 PRESETS = dict(paper=paper, photos=photos)

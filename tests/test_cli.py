@@ -71,19 +71,50 @@ def test_train_method_and_plain(folder, tmp_path):
         extra = ["--method", "plain", "--examples", 0] if method == "plain" else ["--m=4", "--l", 2]
         run = command("fd_focus_train", "--data", folder, *TINY, "--out", out, *extra)
         assert run.returncode == 0, run.stderr
-        assert f"{method}: " in run.stdout and "starts from" not in run.stdout
+        assert f"{method}: " in run.stdout
+        first = run.stdout.splitlines()
+        assert first[0].endswith(": 3 classes, 15 training and 3 validation pictures")
+        assert first[1].startswith(f"toy_resnet from random weights; method {method}: 64 pixels")
+        assert all(len(line) <= 80 for line in first if line.lstrip().startswith(("epoch", "1 ")))
         summary = json.loads((out / "summary.json").read_text())
         assert 0 <= summary["accuracy"] <= 1 and summary["settings"]["method"] == method and summary["seconds"] > 0
         assert set(summary["settings"]) == set(Settings.__dataclass_fields__)
         assert {"torch", "fastai", "fd_focus"} <= set(summary["versions"])
-        files = {"summary.json", "settings.yaml", "metrics.csv", "curves.png", "model"}
-        assert {p.name for p in out.iterdir()} == files | (set() if method == "plain" else {"regions.png"})
+        files = {"summary.json", "settings.yaml", "metrics.csv", "curves.png", "regions.png", "answers.csv", "model"}
+        assert {p.name for p in out.iterdir()} == files
         assert len(list((out / "model/examples").glob("*.jpg"))) == (0 if method == "plain" else 3)
         model = load_focus(out / "model")
         assert model.classes == sorted(p.name for p in folder.iterdir())
         assert model(torch.rand(2, 3, 64, 64)).shape == (2, 3)
     run = command("fd_focus_compare", tmp_path / "focus", tmp_path / "plain")
-    assert run.returncode == 0 and run.stdout.count("%") == 2
+    heading, ours, rival, difference = run.stdout.splitlines()
+    assert run.returncode == 0 and "95 % interval" in heading and "points" in difference
+    assert "on the same 3 pictures, at 0." in difference      # plain costs a part of the first one
+
+
+def test_a_finished_run_is_not_overwritten(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place in ("runs/train", "runs/train2"):
+        fd_focus_train(**TOY)
+        assert Path(place, "summary.json").is_file()
+    with pytest.raises(SystemExit, match="runs/train holds a finished run: give another --out"):
+        fd_focus_train(**TOY, out="runs/train")
+    fd_focus_train(**TOY | dict(method="plain"), out="runs/train", overwrite=True)
+    assert json.loads(Path("runs/train/summary.json").read_text())["settings"]["method"] == "plain"
+
+
+def test_who_answers_is_chosen_on_validation_pictures_alone(tmp_path):
+    "The head that is best there, unless a flag has named one; test pictures choose nothing."
+    found = {}
+    for name, more in dict(free=dict(), named=dict(answer="hybrid"), judged=dict(split="test")).items():
+        fd_focus_train(**TOY, **more, out=str(tmp_path / name))
+        found[name] = json.loads((tmp_path / name / "summary.json").read_text())
+        kept = json.loads((tmp_path / name / "model/config.json").read_text())["options"]["answer"]
+        assert kept == found[name].get("answer", "hybrid")
+    assert "answer" not in found["named"] and "answer" not in found["judged"]
+    free = found["free"]
+    heads = [free["accuracy"], free["image_accuracy"], free["ensemble_accuracy"]]
+    assert free["accuracy"] == max(heads)
 
 
 MINE = """

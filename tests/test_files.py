@@ -129,7 +129,7 @@ def test_a_warning_of_a_command_is_a_line_without_codes(model, photos):
     run = subprocess.run([Path(sys.executable).parent / "fd_focus_predict", model, "photos", "--device", "cpu"],
                          capture_output=True, env=os.environ | dict(PYTHONIOENCODING="ascii"))
     lines = run.stderr.decode("ascii").splitlines()
-    assert run.returncode == 0 and len(lines) == 2 and lines[1] == "6 pictures"
+    assert run.returncode == 0 and len(lines) == 2 and lines[1].startswith("6 pictures in ")
     assert lines[0] == ("DataWarning: left out, for they are no pictures that can be read: 1 "
                         r".crow\x1b[2j\u202e\n\x9b1m")
 
@@ -150,6 +150,27 @@ def test_cells_that_a_spreadsheet_would_compute(models, photos):
     answers(model, "judged", work=fd_focus_evaluate, out="judged.csv", csv_safe=True)
     assert set(pd.read_csv("judged.csv").label) == {"'+rook"}
     assert [no_formula(text) for text in ("=1", "\t=1", "a=1", "")] == ["'=1", "'\t=1", "a=1", ""]
+
+
+class Terminal(io.TextIOWrapper):
+    def isatty(self): return True
+
+
+def test_lines_for_a_person(model, photos):
+    "On a terminal a line a picture; a table when it is asked for."
+    Path("photos", "broken.png").write_text("no picture")
+    for kwargs in (dict(), dict(format="csv")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "stdout", screen := Terminal(io.BytesIO(), encoding="utf-8"))
+            with pytest.raises(SystemExit): fd_focus_predict(str(model), ["photos"], device="cpu", **kwargs)
+        screen.flush()
+        lines = screen.buffer.getvalue().decode().splitlines()
+        assert len(lines) == (8 if kwargs else 7) and lines[0].startswith("file," if kwargs else "photos/0.png  ")
+    text = answers(model, ["photos"], format="text")[0]
+    assert len({line.index("%") for line in text.splitlines() if "%" in line}) == 1      # the columns stand in line
+    assert "cannot be read as a picture" in text.splitlines()[-1]
+    status = answers(model, ["photos"], format="text", out="a.txt", resume=True)[1]
+    assert "--resume reads what it has written" in str(status)
 
 
 # What comes in
@@ -338,7 +359,7 @@ def test_going_on_tries_again_what_had_an_error(model, photos, capsys):
     assert answers(model, listed, out="rows.csv", resume=True)[1] == 1           # nothing there yet: it begins
     Path("away.png").rename("photos/1.png")
     assert answers(model, listed, out="rows.csv", resume=True)[1] == 0
-    assert capsys.readouterr().err.splitlines()[-1] == "1 pictures, 3 more answered before"
+    assert capsys.readouterr().err.splitlines()[-1].endswith(", 3 more answered before")
     table = pd.read_csv("rows.csv")
     assert list(table.file) == [f"photos/{i}.png" for i in (0, 2, 3, 1)] and table.error.isna().all()
     assert answers(model, listed, out="rows.csv", resume=True)[1] == 0

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['body_and_heads', 'to_pixels', 'look_at', 'with_transform', 'FocusLearner', 'HeadAccuracy', 'over_processes',
-           'LossParts', 'LossPart', 'StopOnNaN', 'SmoothOnDevice', 'EpochLines', 'FocusInterpretation', 'focus_learner',
-           'history']
+           'LossParts', 'LossPart', 'StopOnNaN', 'SmoothOnDevice', 'epoch_line', 'EpochLines', 'EpochBars',
+           'FocusInterpretation', 'focus_learner', 'history']
 
 # %% ../../nbs/30_learner.ipynb #70_learner003
 import copy
@@ -223,6 +223,27 @@ class SmoothOnDevice(Callback):
             self.recorder.losses[self.known:] = torch.stack(fresh).cpu().unbind()
 
 # %% ../../nbs/30_learner.ipynb #30_learner_004
+def _heading(name: str) -> str | None:
+    "A column of the table of epochs, as it fits on a screen; None: it is left to metrics.csv."
+    if name.startswith("train_") and name != "train_loss": return None        # of each head
+    return name.removesuffix("_accuracy").replace("_", " ")
+
+def epoch_line(
+    names: list[str],        # `recorder.metric_names`
+    row: list | None = None, # the epoch's figures; None: the heading
+) -> str:
+    "A line of the table of epochs: whole epochs, losses, accuracies in percent; 80 columns are enough for it."
+    cells = []
+    for name, value in zip(names, names if row is None else row):
+        if (heading := _heading(name)) is None: continue
+        if row is None: text = heading
+        elif name == "epoch": text = str(value + 1)
+        elif not isinstance(value, float): text = str(value)
+        else: text = f"{100 * value:.1f} %" if name.endswith("accuracy") else f"{value:.4f}"
+        cells.append(text.rjust(max(len(heading), 5 if name in ("epoch", "time") else 7)))
+    return "  ".join(cells)
+
+# %% ../../nbs/30_learner.ipynb #30_learner_010
 class EpochLines(Callback):
     "The table of epochs, a line each and no bars: for an output that is no terminal."
     order = ProgressCallback.order
@@ -230,13 +251,18 @@ class EpochLines(Callback):
         self.run = self.create_mbar and self.logger is not noop      # `get_preds` and `no_logging` want none
         if not self.run: return
         self.before, self.learn.logger = self.logger, self.write
-        self.write(self.recorder.metric_names)
-    def write(self, row):
-        words = [f"{value:.6f}" if isinstance(value, float) else str(value) for value in row]
-        widths = [max(8, len(name)) for name in self.recorder.metric_names]
-        print("  ".join(map(str.ljust, words, widths)).rstrip(), flush=True)
+        self.write(None)
+    def write(self, row): print(epoch_line(self.recorder.metric_names, row), flush=True)
     def after_fit(self):
         if self.run: self.learn.logger = self.before
+
+class EpochBars(ProgressCallback):
+    "fastai's bars, with the same lines: for a terminal."
+    name = "progress"                                                # as `no_bar` knows it
+    def _write_stats(self, row):
+        if not getattr(self, "mbar", False): return
+        names = self.recorder.metric_names
+        self.mbar.write(epoch_line(names, None if list(row) == list(names) else row))
 
 # %% ../../nbs/30_learner.ipynb #30_learner_106
 @patch
@@ -353,7 +379,8 @@ def focus_learner(
     own = [StopOnNaN(), SmoothOnDevice(), LossParts(), *net.callbacks()]
     learn = FocusLearner(dls, net, loss_func=loss, splitter=body_and_heads, cbs=own + list(L(cbs)),
                          metrics=[accuracy, *L(_columns(net, loss) if metrics is None else metrics)], **kwargs)
-    if not _moves(sys.stdout): learn.add_cb(EpochLines()).remove_cb(ProgressCallback)
+    shown = (EpochBars if sys.stdout.isatty() else None) if _moves(sys.stdout) else EpochLines    # None: a notebook
+    if shown: learn.remove_cb(ProgressCallback).add_cb(shown())
     if stats and (weights is not None or (pretrained and not is_own(arch))): learn.freeze()   # others' may be untrained
     return learn
 

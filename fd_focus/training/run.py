@@ -8,6 +8,7 @@ __all__ = ['make_loaders', 'make_learner', 'log_callback', 'versions', 'train', 
 
 # %% ../../nbs/36_run.ipynb #36_run_imports
 import json
+import math
 import os
 import platform
 import re
@@ -25,6 +26,7 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.torch_core import num_distrib, rank_distrib, set_seed
+from fastcore.basics import noop
 
 from ..data.loaders import FocusDataLoaders
 from ..data.names import short_names
@@ -164,9 +166,10 @@ def _summary(learn: FocusLearner, table: pd.DataFrame, s: Settings, kept: int, s
         parameters=sum(p.numel() for p in learn.model.parameters()), versions=versions(), settings=asdict(s))
 
 # %% ../../nbs/36_run.ipynb #36_run_016
-def _trained(s: Settings, bar: bool, out=None, checkpoint: Checkpoint | None = None) -> tuple:
+def _trained(s: Settings, bar: bool, say: Callable, out=None, checkpoint: Checkpoint | None = None) -> tuple:
     "What `train` gives, from resolved settings; `checkpoint` saves the run in `out`, and goes on from its state."
     cbs, learn = _callbacks(s, out), make_learner(s)
+    say(learn)
     if checkpoint and checkpoint.state: checkpoint.check(learn, s.epochs)
     elif checkpoint and rank_distrib() == 0: write_settings(s, out)     # once data and network are there
     quiet, start = [] if bar else [learn.no_bar(), learn.no_logging()], time.perf_counter()
@@ -185,6 +188,7 @@ def train(
     out: str | Path | None = None,            # a folder for checkpoints; None: no checkpoints
     resume: bool = False,                     # go on from the checkpoint in `out`
     beside: dict | None = None,               # what else was asked for; kept in the checkpoint
+    say: Callable = noop,                     # gets the learner before the first epoch, to tell what it found
 ) -> tuple[FocusLearner, pd.DataFrame, dict]: # learner, table by epoch, summary
     """Train from settings. The summary holds accuracy (0 to 1, of the weights that are kept), seconds,
     images_per_second, versions, and all settings, filled in. ValueError for what does not fit together;
@@ -192,10 +196,10 @@ def train(
     s = resolve(settings)
     if out is None and (resume or s.log):
         raise ValueError(f"{'resume' if resume else 'log'} needs the folder `out` of the run")
-    if out is None: return _trained(s, bar)
+    if out is None: return _trained(s, bar, say)
     checkpoint = _checkpoint(s, out, resume, beside)
     Path(out).mkdir(parents=True, exist_ok=True)
-    with alone(out): return _trained(s, bar, out, checkpoint)
+    with alone(out): return _trained(s, bar, say, out, checkpoint)
 
 # %% ../../nbs/36_run.ipynb #36_run_009
 def plot_curves(
@@ -205,8 +209,10 @@ def plot_curves(
     if missing := {"epoch", "train_loss", "valid_loss"} - set(metrics):
         raise ValueError(f"metrics have no column {', '.join(sorted(missing))}")
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    labels = dict(train_loss="training (sum of the loss terms)", valid_loss="validation (the answer's loss)")
-    for name, label in labels.items(): left.plot(metrics.epoch + 1, metrics[name], marker=".", label=label)
+    whole = "training, sum of the loss terms" if "train_image_loss" in metrics else "training"
+    labels = dict(train_loss=whole, train_image_loss="training, image head alone", valid_loss="validation, the answer")
+    for name, label in labels.items():
+        if name in metrics: left.plot(metrics.epoch + 1, metrics[name], marker=".", label=label)
     for name in [c for c in metrics if c.endswith("accuracy")]:
         right.plot(metrics.epoch + 1, 100 * metrics[name], marker=".", label=name.replace("_", " "))
     left.set(title="Loss", xlabel="epoch", ylabel="cross entropy, nats", ylim=(0, None))
@@ -253,6 +259,13 @@ def save_figure(file: Path, draw: Callable) -> None:
     if not drawn: file.unlink(missing_ok=True)
     for number in set(plt.get_fignums()) - before: plt.close(number)
 
+# %% ../../nbs/36_run.ipynb #36_run_017
+def _as_json(value):
+    "Plain values of a summary: what is no number becomes null, for JSON has no NaN."
+    if isinstance(value, dict): return {name: _as_json(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)): return [_as_json(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
 # %% ../../nbs/36_run.ipynb #36_run_015
 def write_run(learn: FocusLearner, table: pd.DataFrame, summary: dict, out: str | Path) -> Path:
     "Write settings.yaml, metrics.csv, curves.png, regions.png and, last, summary.json into `out`."
@@ -261,7 +274,7 @@ def write_run(learn: FocusLearner, table: pd.DataFrame, summary: dict, out: str 
     put(out / "metrics.csv", lambda part: table.to_csv(part, index=False))
     save_figure(out / "curves.png", lambda: plot_curves(table))
     save_figure(out / "regions.png", lambda: regions_figure(learn))
-    put(out / "summary.json", lambda part: part.write_text(json.dumps(summary, indent=1)))
+    put(out / "summary.json", lambda part: part.write_text(json.dumps(_as_json(summary), indent=1, allow_nan=False)))
     return out
 
 # %% ../../nbs/36_run.ipynb #72_run013b

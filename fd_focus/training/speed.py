@@ -11,7 +11,7 @@ import itertools
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -115,14 +115,14 @@ def body_segments(body: nn.Module) -> list[list[nn.Module]]:
     return segments
 
 # %% ../../nbs/34_speed.ipynb #71_speed015c
-@contextmanager
-def _at_rest(norms: list):
-    "Within it, the running statistics of these batch norms stay as they are."
-    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms: norm.momentum, norm.num_batches_tracked = 0., None
-    try: yield
-    finally:
-        for norm, state in zip(norms, kept): norm.momentum, norm.num_batches_tracked = state
+class _at_rest:
+    "Within it, the running statistics of these batch norms stay as they are; it can be entered again (notebook 45)."
+    def __init__(self, norms: list): self.norms = norms
+    def __enter__(self):
+        self.kept = [(norm.momentum, norm.num_batches_tracked) for norm in self.norms]
+        for norm in self.norms: norm.momentum, norm.num_batches_tracked = 0., None
+    def __exit__(self, *error):
+        for norm, state in zip(self.norms, self.kept): norm.momentum, norm.num_batches_tracked = state
 
 # %% ../../nbs/34_speed.ipynb #34_speed_008
 class _checkpointed:

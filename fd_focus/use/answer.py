@@ -151,7 +151,7 @@ def text(self: Explanation) -> str:
     parts = (self._limit(), self.sentence().partition(self._limit())[2].strip(), self.looks(), less, self.note)
     return " ".join(part for part in parts if part)
 
-# %% ../../nbs/62_answer.ipynb #62_answer_015
+# %% ../../nbs/62_answer.ipynb #62_answer_001
 def _bar(name: str, p: float, colour: str) -> str:
     "One class with its probability, as a bar."
     return ('<div style="display:flex;align-items:center;gap:.6em;margin:.25em 0;font-size:.95em">'
@@ -218,7 +218,7 @@ def _where(self: Explanation) -> str:
     once = self.prediction.looked_again is False
     return f"{'Where it would have looked again' if once else 'Regions'}, best first"
 
-# %% ../../nbs/62_answer.ipynb #62_answer_016
+# %% ../../nbs/62_answer.ipynb #62_answer_002
 @patch
 def to_html(self: Explanation) -> str:
     "Card and pictures in one piece, nothing from outside."
@@ -231,7 +231,7 @@ def to_html(self: Explanation) -> str:
              for i, (zoom, said) in enumerate(zip(self.zooms, _scores(self.prediction.scores)), 1)]
     return f'<div style="max-width:63em">{self.card()}{_row(pictures)}{_row(zooms)}</div>'
 
-# %% ../../nbs/62_answer.ipynb #62_answer_018
+# %% ../../nbs/62_answer.ipynb #62_answer_004
 _MARGIN, _SIDE, _NARROW = 28, 640, 260      # pixels around everything; of a photograph's longer side; of a caption
 
 @patch
@@ -258,7 +258,7 @@ def _scale() -> Image.Image:
     framed = ImageOps.expand(ImageOps.colorize(shades, VEIL, "white"), 1, "#999999")
     return ImageOps.expand(framed, (0, 6, 0, 0), PAGE)
 
-# %% ../../nbs/62_answer.ipynb #62_answer_019
+# %% ../../nbs/62_answer.ipynb #62_answer_005
 @patch
 def _photographs(self: Explanation) -> list[Image.Image]:
     "The picture with its regions, and with its attention."
@@ -281,7 +281,7 @@ def image(self: Explanation) -> Image.Image:
         else: parts += [both] + ([flow(zooms, width)] if zooms else [])
     return ImageOps.expand(below(parts, 20), _MARGIN, PAGE)
 
-# %% ../../nbs/62_answer.ipynb #62_answer_021
+# %% ../../nbs/62_answer.ipynb #62_answer_007
 _SEVERAL = "GIF", "PNG", "WEBP", "TIFF", "AVIF"
 
 def _several(source) -> str:
@@ -303,7 +303,7 @@ def _enough(found: Prediction, longest: int) -> int:
         need = max(need, ZOOM / (found.boxes[:, 2:] - found.boxes[:, :2]).amax(1).min().item())
     return math.ceil(min(1., need) * min(found.size))
 
-# %% ../../nbs/62_answer.ipynb #62_answer_023
+# %% ../../nbs/62_answer.ipynb #62_answer_009
 def _drawn(found: Prediction, image: Image.Image, longest: int, note: str) -> Explanation:
     "An explanation with its pictures."
     shown, moved = fit(image, found, longest)
@@ -342,7 +342,7 @@ def explain(
         except ValueError: pass           # more than may be decoded: the drawings have the pixels that the network had
     return _drawn(found, image, longest, _several(source))
 
-# %% ../../nbs/62_answer.ipynb #62_answer_026
+# %% ../../nbs/62_answer.ipynb #62_answer_012
 @patch
 def show(self: Prediction, source=None):
     "The answer with its reasons, see `explained`: below a notebook's cell, elsewhere in the system's viewer."

@@ -82,7 +82,8 @@ def _write_rows(classifier, files, out: Path | None, kind: str, header: bool, re
     done = answered(out, kind, classifier.classes, **shape) if there else []
     with _open_rows(out, there) as stream:
         rows = Rows(stream, kind, len(classifier.classes), header=header and not there, **shape)
-        try: return predict_files(classifier, files, rows, progress=sys.stderr, done=done, **options)
+        counted = None if kind == "text" else sys.stderr          # its lines are progress enough
+        try: return predict_files(classifier, files, rows, progress=counted, done=done, **options)
         except BrokenPipeError:      # whoever read the rows has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
@@ -97,40 +98,60 @@ def _check_model(model: str) -> None:
     on_the_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not place.parent.exists()
     if not (place.exists() or on_the_hub): raise FileNotFoundError(f"no model folder {model}")
 
+# %% ../../nbs/67_cli.ipynb #67_cli_002
+def _say_banner(classifier) -> None:
+    "A word about a banner that training has cut off, where nobody has said whether these pictures have it."
+    if (banner := classifier.config.get("banner")) and not classifier.banner:
+        print(f"this model was trained on pictures without their lowest {banner} pixels, a banner: if these have it, "
+              "--banner cuts it off", file=sys.stderr)
+
+# %% ../../nbs/67_cli.ipynb #67_cli_012
+def _kind_of(file: Path | None) -> str:
+    "What rows are written as where nobody says: by the file's ending; text for a person at a terminal."
+    if file is None: return "text" if sys.stdout.isatty() else "csv"
+    return "jsonl" if file.suffix in (".jsonl", ".json", ".ndjson") else "csv"
+
 # %% ../../nbs/67_cli.ipynb #67_cli_003
 @command
 def fd_focus_predict(
     model: str,               # model folder, or owner/name on the Hugging Face hub
     paths: list[str],         # pictures, folders, patterns such as 'birds/**/*.jpg'; - for a list on the standard input
     out: str = None,          # file for the rows: .csv or .jsonl; not given: standard output
-    format: str = None,       # csv or jsonl; not given: by the name of --out, else csv
-    regions: str = None,      # write each picture with its regions below this folder
+    format: str = None,       # csv, jsonl or text; not given: by the name of --out, text on a terminal, else csv
+    regions: str = None,      # draw each picture with its answer, regions and attention below this folder
     resume: bool = False,     # go on with --out: skip what it has answers of, try again what it has an error of
     csv_safe: bool = False,   # CSV: an apostrophe before names that a spreadsheet would compute (= + - @)
+    banner: bool = False,     # the pictures have the banner (FGVC-Aircraft) that training cut off: cut it off here too
     bs: int = 16,             # pictures a batch; fewer where no more come for a moment
     workers: int = 2,         # threads that open pictures
     device: str = None,       # cpu, cuda, cuda:1, ...; not given: a GPU where there is one
     rank: int = None,         # of several processes, each takes its share of the pictures: which one this is (or RANK)
     world: int = None,        # how many processes there are (or WORLD_SIZE); --out then gets .rank0, .rank1, ...
 ):
-    """Classify pictures: one row each with class, probability, looks, top 5, regions and their attention.
-    The exit status is 1 if any failed, but 0 under torchrun."""
+    """Classify pictures: a line each on a terminal; a row each in a file or a pipe, with the columns: file; label and
+    probability of the answer; sure: whether that is above the model's threshold; looked_again: whether it needed a
+    second look; label_2 to label_5 with probability_2 to probability_5; box_1 (left top right bottom, pixels of the
+    picture) and score_1 (attention there) of each region, best first; error. The exit status is 1 if any failed, but 0
+    under torchrun."""
     _check_model(model)
     prepare()
+    from fd_focus.data.names import visible
     from fd_focus.use.files import check_kind, find_pictures, listed
     from fd_focus.use.predict import FocusClassifier, check_batches
     me, processes = _share_of(rank, world)
     if "-" in paths and _launched(rank, world):
         raise ValueError("several processes cannot share a list on the standard input: give files, folders or patterns")
     drawings, file = regions and Path(regions), _file_of(out, paths, me, processes, resume)
-    kind = format or ("jsonl" if file and file.suffix in (".jsonl", ".json", ".ndjson") else "csv")
+    kind = format or _kind_of(file)
     check_kind(kind)            # before --out is opened, which empties it
+    if resume and kind == "text": raise ValueError("--resume reads what it has written: use --format csv or jsonl")
     check_batches(bs, workers)
     files = find_pictures(paths, listed(sys.stdin) if "-" in paths else (), me, processes, drawings)
-    classifier = FocusClassifier.load(model, _device(device))
+    classifier = FocusClassifier.load(model, _device(device), banner=banner)
+    _say_banner(classifier)
     header, clean = bool(file) or me == 0, _cleaner(not file, csv_safe)
     tally = _write_rows(classifier, files, file, kind, header, resume, clean, regions=drawings, bs=bs, workers=workers)
-    print(tally, file=sys.stderr)
+    print(tally, f"; drawings in {visible(str(drawings))}" * bool(drawings), sep="", file=sys.stderr)
     nothing = not (tally.pictures or tally.before)
     if (tally.failed or nothing) and not _launched(rank, world): sys.exit(1)    # torchrun would end others
 
@@ -158,6 +179,7 @@ def fd_focus_evaluate(
     out: str = None,          # CSV file, a row a picture: file, label, answer, probability, sure, looked_again, error
     csv_safe: bool = False,   # an apostrophe before names that a spreadsheet would compute (= + - @)
     seen: bool = False,       # judge by pictures too that the model was trained on, or that chose its settings
+    banner: bool = False,     # the pictures have the banner (FGVC-Aircraft) that training cut off: cut it off here too
     bs: int = 16,             # pictures a batch
     workers: int = 2,         # threads that open pictures
     device: str = None,       # cpu, cuda, cuda:1, ...; not given: a GPU where there is one
@@ -170,7 +192,8 @@ def fd_focus_evaluate(
     if out:
         _keep_inputs(Path(out), [Path(folder) / "split.csv"])
         Path(out).parent.mkdir(parents=True, exist_ok=True)      # what cannot be made is known before the work
-    classifier = FocusClassifier.load(model, device)
+    classifier = FocusClassifier.load(model, device, banner=banner)
+    _say_banner(classifier)
     pictures = labelled_pictures(folder, classifier.classes, split)
     if not seen: pictures = _unseen(pictures, model)
     print(f"judging by {len(pictures)} pictures of {pictures.label.nunique()} classes", file=sys.stderr)
@@ -193,6 +216,13 @@ def _pixels(classifier, images: list[str] | None, n: int):
         raise ValueError(f"--images {' '.join(images)}: no pictures to compare on; name files, folders or patterns")
     return torch.stack([classifier.pixels(file) for file in files])
 
+# %% ../../nbs/67_cli.ipynb #67_cli_011
+def _beside(file: Path, beside: list[Path]) -> str:
+    "What lies beside an exported graph, in words."
+    names = [f"{other.name} (the classes, in the order of the probabilities)" if other.suffix == ".json" else
+             f"{other.name} (does all that: python {other.name} {file.name} photograph.jpg)" for other in beside]
+    return ", ".join(names)
+
 # %% ../../nbs/67_cli.ipynb #95_cli111
 @command
 def fd_focus_export(
@@ -207,7 +237,8 @@ def fd_focus_export(
     _check_model(model)
     prepare()
     from fd_focus.training.checkpoint import alone
-    from fd_focus.use.export import FORMATS, check_parity, export_model, run_exported
+    from fd_focus.use.export import (
+        FORMATS, check_parity, export_model, how_to_prepare, run_exported, write_beside)
     from fd_focus.use.model_folder import load_focus
     from fd_focus.use.predict import FocusClassifier
     if format not in FORMATS: raise ValueError(f"format={format!r}; use {' or '.join(map(repr, FORMATS))}")
@@ -223,9 +254,12 @@ def fd_focus_export(
             if not parity.ok: raise ValueError(f"the exported graph does not answer as PyTorch does: {parity}")
             part.replace(file)
         finally: part.unlink(missing_ok=True)
+        beside = write_beside(net, file)
     print(f"{file}: {file.stat().st_size / 1e6:.1f} MB; PyTorch and the exported graph on {parity}")
     who = {0: "none of them was", parity.images: "all of them were"}.get(parity.looked_again)
     if who: print(f"{who} looked at again; with --images of your own kind, both ways are compared")
+    print("how a picture is prepared for it:", *how_to_prepare(net), sep="\n  - ")
+    print("beside it:", _beside(file, beside))
 
 # %% ../../nbs/67_cli.ipynb #95_cli_bench2
 @command

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMPORTED', 'any_name', 'explained', 'import_own', 'command', 'fd_focus_train', 'run_settings', 'is_finished',
-           'prepare', 'fd_focus_compare', 'compare_runs', 'fd_focus_experiment']
+           'default_out', 'prepare', 'fd_focus_compare', 'fd_focus_experiment']
 
 # %% ../../nbs/66_commands.ipynb #66_commands_004
 import builtins
@@ -17,6 +17,7 @@ import sys
 import warnings
 from contextlib import contextmanager
 from functools import partial, wraps
+from itertools import count
 from pathlib import Path
 from urllib.error import URLError
 
@@ -108,9 +109,10 @@ def _default_preset(asked: dict) -> str:
 def fd_focus_train(
     config: str = None,       # YAML file of settings, such as the settings.yaml of a run; flags win over it
     preset: str = None,       # defaults: photos, paper or none; file and flags win (photos; none from random weights)
-    out: str = None,          # folder for the report and the model (runs/train)
+    out: str = None,          # folder for the report and the model (runs/train; then runs/train2, ...)
     examples: int = None,     # validation pictures to put into model/examples/, which the app offers; 0: none (4)
     resume: bool = False,     # go on with the unfinished run in `out`, with its settings
+    overwrite: bool = False,  # replace the finished run that is in `out`
     **settings,               # any of `Settings`
 ):
     "Train a method on pictures, and write a report: summary.json, settings.yaml, metrics.csv, figures, model/."
@@ -121,7 +123,7 @@ def fd_focus_train(
     asked |= settings | (dict(preset=preset) if preset else {})
     written = asked.pop("out", None)
     if not resume: asked.setdefault("preset", _default_preset(asked))
-    _train(asked, Path(out or written or "runs/train"), examples, resume)
+    _train(asked, Path(out or written or default_out(resume)), examples, resume, overwrite)
 
 # %% ../../nbs/66_commands.ipynb #66_commands_018
 def run_settings(
@@ -141,6 +143,25 @@ def run_settings(
 def is_finished(out: Path) -> bool:
     "Whether a run has left its report, and nothing to go on with."
     return (out / "summary.json").is_file() and not (out / "checkpoint.pt").is_file()
+
+# %% ../../nbs/66_commands.ipynb #66_commands_058
+def default_out(
+    resume: bool,      # look for a run to go on with, not for a new place
+    runs: str | Path = "runs",
+) -> Path:
+    "Where a run goes that no --out has named: train, train2, ...; or the last of those that is not finished."
+    taken = []
+    for number in count(1):
+        out = Path(runs) / f"train{'' if number == 1 else number}"
+        if not any((out / name).is_file() for name in ("summary.json", "checkpoint.pt")): break
+        taken.append(out)
+    if not resume: return out
+    return next((out for out in reversed(taken) if not is_finished(out)), taken[-1] if taken else out)
+
+def _check_finished(out: Path, overwrite: bool) -> None:
+    "ValueError where a finished run would be lost."
+    if is_finished(out) and not overwrite:
+        raise ValueError(f"{out} holds a finished run: give another --out, or replace it with --overwrite")
 
 # %% ../../nbs/66_commands.ipynb #66_commands_022
 def _again(out: Path) -> str:
@@ -170,93 +191,6 @@ def _held(settings: Settings, out: Path, resume: bool):
     with alone(out):
         if not resume: _check_unfinished(out)
         yield
-
-# %% ../../nbs/66_commands.ipynb #66_commands_025
-def _say_first(settings: Settings, out: Path) -> None:
-    "Print what is about to be replaced, and where the body starts from."
-    s = resolve(settings)
-    if (out / "summary.json").is_file(): print(f"{out} holds a finished run, which this one replaces when it is done")
-    if s.arch == "toy_resnet" or s.weights: return
-    if not s.pretrained:
-        print(f"{s.arch} starts from random weights; --pretrained would start from ImageNet's, --weights from a file's")
-    elif settings.pretrained is None:
-        print(f"{s.arch} starts from ImageNet's weights; --no-pretrained would start from random ones")
-
-# %% ../../nbs/66_commands.ipynb #66_commands_028a
-def _say_who_looks_again(learn, chosen, summary: dict, out: Path) -> None:
-    "For answer='adaptive': say and draw what the limit for a second look does on the validation pictures."
-    (out / "look_again.png").unlink(missing_ok=True)       # an earlier run's
-    net = learn.model
-    if getattr(net, "answer", None) != "adaptive": return
-    if chosen is None:
-        return print(f"a second look below {net.look_again_below:.2f}, as set: test pictures judge, and choose "
-                     "nothing; --valid_pct holds out some that may")
-    from fd_focus.evidence.look_again import plot_look_again
-    from fd_focus.training.run import save_figure
-    summary |= dict(accuracy=chosen.accuracy, looked_again=chosen.share)
-    save_figure(out / "look_again.png", lambda: plot_look_again(chosen))
-    print(f"{100 * chosen.share:.0f} % of the validation pictures look again: {100 * chosen.accuracy:.1f} % right; "
-          f"{100 * chosen.one_look:.1f} % if nobody did, {100 * chosen.everybody:.1f} % if everybody did")
-
-# %% ../../nbs/66_commands.ipynb #66_commands_052
-def _judge_aside(learn, folder: Path) -> dict:
-    "How a saved model does on the pictures that test_pct put aside, for the summary; nothing where there are none."
-    aside = getattr(learn.dls, "aside", ())
-    if not len(aside): return {}
-    from fd_focus.use.evaluate import evaluate
-    from fd_focus.use.predict import FocusClassifier
-    from fd_focus.use.seen import seen_before
-    files = [str(Path(learn.dls.path) / name) for name in aside.file]
-    new = [not split for split in seen_before(files, folder)]           # copies of training pictures tell nothing
-    pictures = aside.assign(file=files)[new].reset_index(drop=True)
-    if not len(pictures): return {}
-    try: found = evaluate(FocusClassifier.load(folder, learn.dls.device), pictures)
-    except ValueError as error:                                         # the report is worth more than this figure
-        print(f"the pictures put aside judge nothing: {_safe(error)}")
-        return {}
-    return dict(test_accuracy=found.accuracy, test_interval=list(found.interval), test_images=len(pictures))
-
-# %% ../../nbs/66_commands.ipynb #66_commands_028
-def _leave(learn, table, summary: dict, out: Path, examples: int) -> bool:
-    "Calibrate, and write model, card, examples, tables and figures. Tells whether it is calibrated."
-    from fastai.torch_core import num_distrib
-    from fd_focus.evidence.look_again import calibrate
-    from fd_focus.training.run import write_examples, write_run
-    from fd_focus.use.config import write_card
-    from fd_focus.use.model_folder import save_focus
-    sure = {}
-    if num_distrib() > 1:
-        print("not calibrated: each of several processes sees a share of the validation pictures; the model has no "
-              "temperature and no threshold")
-    else:
-        calibration = calibrate(learn, look_again=summary["settings"]["look_again"])
-        _say_who_looks_again(learn, calibration.look_again, summary, out)
-        sure = dict(temperature=calibration.temperature, threshold=calibration.threshold)
-    save_focus(learn, out / "model", metrics=dict(accuracy=summary["accuracy"]), settings=summary["settings"], **sure)
-    summary |= _judge_aside(learn, out / "model")
-    if not learn.dls.write_skipped(out): (out / "skipped.csv").unlink(missing_ok=True)      # an earlier run's
-    write_examples(learn, out / "model", examples)
-    write_run(learn, table, summary, out)
-    if (out / "regions.png").is_file(): write_card(out / "model", out / "regions.png")
-    return bool(sure)
-
-def _say_last(settings: Settings, summary: dict, out: Path, calibrated: bool) -> None:
-    "Print how good it is, and what flatters that figure."
-    from fd_focus.use.config import judges
-    kept, trained, right = summary["weights_of_epoch"], summary["epochs_trained"], 100 * summary["accuracy"]
-    print(f"{settings.method}: {right:.1f} % of {summary['valid_images']} {judges(summary)} pictures right, "
-          f"{summary['seconds']:.0f} s, {summary['images_per_second']:.0f} images/s; report in {out}")
-    if "test_accuracy" in summary:
-        low, high = (100 * share for share in summary["test_interval"])
-        print(f"{100 * summary['test_accuracy']:.1f} % of the {summary['test_images']} pictures put aside are right "
-              f"(95 % interval {low:.1f} to {high:.1f}); nothing was trained or chosen on them")
-    if calibrated and judges(summary) == "test":
-        print("the model's temperature and threshold were fitted on these test pictures: only others can tell how well "
-              "calibrated it is")
-    if settings.keep_best:
-        print(f"weights of epoch {kept} of {trained}, chosen on these pictures: their accuracy flatters")
-    elif settings.early_stop and kept < settings.epochs:
-        print(f"stopped early, after epoch {kept} of {settings.epochs}; weights of the last epoch")
 
 # %% ../../nbs/66_commands.ipynb #66_commands_031
 @contextmanager
@@ -293,8 +227,10 @@ def _check_files(settings: Settings) -> None:
     near = difflib.get_close_matches(place.name, there, 1)
     raise FileNotFoundError(f"no folder {place}" + (f"; did you mean {place.parent / near[0]}?" if near else ""))
 
-def _train(asked: dict, out: Path, examples: int | None, resume: bool) -> None:
-    if not resume: _check_files(make_settings(asked))
+def _train(asked: dict, out: Path, examples: int | None, resume: bool, overwrite: bool = False) -> None:
+    if not resume:
+        _check_files(make_settings(asked))
+        _check_finished(out, overwrite)
     prepare()
     if (examples or 0) < 0: raise ValueError(f"examples={examples}; use a number of pictures, or 0 for none")
     first = not int(os.environ.get("RANK", 0))
@@ -302,44 +238,31 @@ def _train(asked: dict, out: Path, examples: int | None, resume: bool) -> None:
     if resume and is_finished(out): return print(f"fd_focus: the run in {out} is finished: nothing to go on with")
     settings = run_settings(asked, out, resume)
     with _held(settings, out, resume):
-        if not resume: _say_first(settings, out)
         _train_in(out, settings, examples, resume, first)
 
 def _train_in(out: Path, settings: Settings, examples: int | None, resume: bool, first: bool) -> None:
     "Train, report and say how good it is; `first` of several processes."
     from fd_focus.training.checkpoint import read_checkpoint
     from fd_focus.training.run import train
+    from fd_focus.use.report import closing_words, introduction, leave_report
     if examples is None: examples = read_checkpoint(out / "checkpoint.pt")["beside"].get("examples", 4) if resume else 4
     with _going_on(out, speaks=first):
-        learn, table, summary = train(settings, out=out, resume=resume, beside=dict(examples=examples))
+        learn, table, summary = train(settings, out=out, resume=resume, beside=dict(examples=examples),
+                                      say=lambda learn: print(*introduction(learn, settings), sep="\n", flush=True))
         if not first: return
-        calibrated = _leave(learn, table, summary, out, examples)
+        calibrated = leave_report(learn, table, summary, settings, out, examples)
     (out / "checkpoint.pt").unlink()             # all it was for is in model/ now
-    _say_last(settings, summary, out, calibrated)
+    print(*closing_words(settings, summary, out, calibrated), sep="\n")
 
 # %% ../../nbs/66_commands.ipynb #66_commands_038
 @command
 def fd_focus_compare(
     folders: list[str],       # folders of runs
 ):
-    "Print the accuracies of finished runs side by side."
+    """Print finished runs side by side: accuracy with its 95 % interval, pictures, training time and multiply-adds of
+    an answer, and how far each is from the first one on the same pictures."""
+    from fd_focus.use.compare import compare_runs
     print(compare_runs(folders))
-
-def compare_runs(folders) -> str:
-    """A table of runs: accuracy, seconds, images/s. FileNotFoundError where a folder holds no summary.json,
-    ValueError where it is of something else."""
-    import json
-    lines = [f"{'run':32s} {'accuracy':>9s} {'seconds':>8s} {'images/s':>9s}"]
-    for folder in map(Path, folders):
-        file = folder / "summary.json"
-        if not file.is_file(): raise FileNotFoundError(f"no summary.json in {folder}: did the run finish?")
-        try:
-            s = json.loads(file.read_text())
-            figures = f"{100 * s['accuracy']:7.1f} % {s['seconds']:8.0f} {s['images_per_second']:9.1f}"
-        except (KeyError, TypeError, ValueError):
-            raise ValueError(f"{file} is no summary of a run of fd_focus_train") from None
-        lines.append(f"{_safe(folder):32s} {figures}")
-    return "\n".join(lines)
 
 # %% ../../nbs/66_commands.ipynb #66_commands_041
 @command

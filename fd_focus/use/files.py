@@ -31,7 +31,8 @@ from ..data.names import visible
 from ..data.pictures import FORMATS, DataWarning, is_picture
 from ..data.tables import is_hidden
 from ..training.checkpoint import put, put_bytes
-from .predict import FocusClassifier, Prediction, draw_prediction
+from .answer import explain    # noqa: F401 -- gives a Prediction `explained`
+from .predict import FocusClassifier, Prediction
 
 # %% ../../nbs/63_files.ipynb #92_predict061x
 def _folder(path: str, regions: Path | None, left: Counter) -> Iterator[str]:
@@ -109,20 +110,20 @@ def find_pictures(
 # %% ../../nbs/63_files.ipynb #92_predict064
 def check_kind(kind: str) -> None:
     "ValueError for a kind of rows that is not known."
-    if kind not in ("csv", "jsonl"): raise ValueError(f"format={kind!r}; use 'csv' or 'jsonl'")
+    if kind not in ("csv", "jsonl", "text"): raise ValueError(f"format={kind!r}; use 'csv', 'jsonl' or 'text'")
 
 class Rows:
-    "Writes one row a picture, as CSV or JSON lines."
+    "Writes one row a picture, as CSV, JSON lines, or text for a person."
     def __init__(self,
         stream,                  # open text file
-        kind: str,               # 'csv' or 'jsonl'
+        kind: str,               # 'csv', 'jsonl' or 'text'
         classes: int, boxes: int,  # how many classes the model knows, how many boxes it reports
         header: bool = True,     # CSV: write the names of the columns
         clean: Callable[[str], str] = str,  # CSV: what names and messages pass through, such as `no_formula`
     ):
         check_kind(kind)
         self.stream, self.kind, self.boxes, self.top = stream, kind, boxes, min(5, classes)
-        self.clean = clean if kind == "csv" else str
+        self.clean, self.width = str if kind == "jsonl" else clean, 20
         others = (f"{name}_{i}" for i in range(2, self.top + 1) for name in ("label", "probability"))
         regions = (f"{name}_{i}" for i in range(1, boxes + 1) for name in ("box", "score"))
         self.columns = ["file", "label", "probability", "sure", "looked_again", *others, *regions, "error"]
@@ -141,6 +142,7 @@ def write(self: Rows, file, found: Prediction | Exception, error: Exception | No
     "A row of a prediction, or of what went wrong; of both, where `error` kept an answer from being drawn."
     if isinstance(found, Exception): found, error = None, found
     why = "" if error is None else str(error) or repr(error)
+    if self.kind == "text": return self.stream.write(self._line(self.clean(str(file)), found, self.clean(why)) + "\n")
     row = found.as_dict() if found else {}
     if self.kind == "csv":
         cells = self._cells(row) if row else [""] * (len(self.columns) - 2)
@@ -157,6 +159,18 @@ def _cells(self: Rows, row: dict) -> Iterator:
     for label, probability in row["top5"][1:]: yield from (self.clean(label), probability)
     for box, score in zip(row["boxes"], row["scores"]):
         yield from (" ".join(map(str, box)), "" if score is None else score)
+
+# %% ../../nbs/63_files.ipynb #63_files_001
+@patch
+def _line(self: Rows, name: str, found: Prediction | None, why: str) -> str:
+    "Name, answer, confidence, sure or not, one look or two; or what went wrong."
+    self.width = max(self.width, min(len(name), 90))
+    parts = [name.ljust(self.width)]
+    if found:
+        sure = {None: "", True: "sure", False: "not sure"}[found.sure]
+        looks = {None: "", True: "looked again", False: "one look"}[found.looked_again]
+        parts += [f"{100 * found.probability:3.0f} %", sure.ljust(8), looks.ljust(12), self.clean(found.label)]
+    return "  ".join(part for part in (*parts, why) if part.strip()).rstrip()
 
 # %% ../../nbs/63_files.ipynb #62_files_029
 def no_formula(text: str) -> str:
@@ -274,6 +288,8 @@ class Tally:
     answered: int = 0
     looked_again: int | None = None   # of the answered; None: the model treats all pictures alike
     before: int = 0                   # answered by an earlier run, and not asked again
+    sure: int | None = None           # of the answered; None: the model has no threshold
+    seconds: float | None = None      # from the first picture to the last
 
     def add(self, found: Prediction | Exception, error: Exception | None):
         "One more picture, and what went wrong with it."
@@ -281,13 +297,16 @@ class Tally:
         if isinstance(found, Exception): return
         self.answered += 1
         if found.looked_again is not None: self.looked_again = (self.looked_again or 0) + found.looked_again
+        if found.sure is not None: self.sure = (self.sure or 0) + found.sure
 
     def __str__(self):
         if not self.pictures:
             return f"all {self.before} pictures were answered before" if self.before else "no pictures were given"
-        parts = [f"{self.pictures} pictures"] + ([f"{self.before} more answered before"] if self.before else [])
-        if self.looked_again is not None:
-            parts.append(f"{self.looked_again} looked again ({100 * self.looked_again / self.answered:.0f} %)")
+        parts = [f"{self.pictures} picture{'s' * (self.pictures != 1)}"]
+        if self.seconds is not None: parts[0] += f" in {self.seconds:.1f} s"
+        if self.before: parts.append(f"{self.before} more answered before")
+        for number, what in ((self.sure, "sure"), (self.looked_again, "looked again")):
+            if number is not None: parts.append(f"{number} {what} ({100 * number / self.answered:.0f} %)")
         if self.failed: parts.append(f"{self.failed} failed: see the last column")
         return ", ".join(parts)
 
@@ -319,7 +338,7 @@ def _draw(file: str, found: Prediction, regions: Path, drawings: set[Path]) -> E
     try:
         target = _free(regions_file(file, regions), drawings)
         target.parent.mkdir(parents=True, exist_ok=True)
-        _save(draw_prediction(file, found, longest=1600), target)
+        _save(found.explained(file).image(), target)
     except Exception as why:
         if getattr(why, "errno", None) in _EVERYBODYS: raise
         return ValueError(f"not drawn: {str(why) or repr(why)}")
@@ -356,4 +375,5 @@ def predict_files(
         tally.add(found, error)
         counter(tally)
     counter.end()
+    tally.seconds = time.monotonic() - counter.start
     return tally
