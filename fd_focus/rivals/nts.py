@@ -153,6 +153,7 @@ class NavigatorNet(Method):
         super().__init__(body, n_classes, image_size)
         if not 0 <= dropout < 1: raise ValueError(f"dropout={dropout}; use 0 or more, and less than 1")
         if not margin > 0: raise ValueError(f"margin={margin}; without one, equal scores would do: use more than 0")
+        if not 0 <= iou_threshold <= 1: raise ValueError(f"iou_threshold={iou_threshold}; use 0 to 1")
         if hidden < 1: raise ValueError(f"hidden={hidden} channels; use 1 or more")
         self.zoom_size = tuple(max(1, side // 2) for side in self.image_size) if zoom_size is None else _pair(zoom_size)
         _check_navigator(self.map_size, m, l, self.zoom_size)
