@@ -1,4 +1,5 @@
 "The bench command, its file, and the measuring itself."
+import importlib
 import inspect
 import json
 import subprocess
@@ -11,8 +12,8 @@ import torch
 import fd_focus.focus
 from fd_focus.bodies import toy_resnet
 from fd_focus.evidence.bench import SECTIONS, bars, bench, bench_growth
-from fd_focus.evidence.timing import (Clock, bench_prediction, bench_step, body_inputs, floor_step, machine, make_net,
-                                      one_staged, stages, training_step)
+from fd_focus.evidence.timing import (Clock, bench_loops, bench_prediction, bench_step, body_inputs, floor_step,
+                                      machine, make_net, one_staged, sliced_crops, stages, training_step, with_loops)
 from fd_focus.loss import FocusLoss
 from fd_focus.methods import METHODS, Method
 from fd_focus.training.run import versions
@@ -140,6 +141,29 @@ def test_every_method_of_the_library_can_be_timed(method):
     for found in (bench_step("toy_resnet", 96, 2, 3, repeats=1, method=method),
                   bench_prediction("toy_resnet", 96, 2, 3, repeats=1, method=method)):
         assert found["ratio"]["median"] > 0 and found["inputs"][0] == (0, (2, 3, 96, 96))
+
+
+def test_loops_choose_the_same_regions_and_are_put_back():
+    "NTS-Net with NumPy and slices: the same boxes, the same crops up to their edges, and nothing replaced afterwards."
+    nts = importlib.import_module("fd_focus.rivals.nts")
+    functions = nts.propose_from_table, nts.padded_crops
+    net = make_net("toy_resnet", 96, 3, method="nts")
+    x = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    with with_loops(net), torch.no_grad(): looped = net.eval().examine(x)
+    with torch.no_grad(): assert looped.boxes.equal(net.examine(x).boxes)
+    boxes = torch.tensor([[[-10., 20., 14., 44.], [30., 30., 54., 54.]]]).expand(2, -1, -1)
+    ours, theirs = (crop(x, boxes, (24, 24)) for crop in (nts.padded_crops, sliced_crops))
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)        # as large as the box: the pixels themselves
+    with pytest.raises(RuntimeError), with_loops(net): raise RuntimeError
+    assert (nts.propose_from_table, nts.padded_crops) == functions
+
+
+def test_bench_of_loops_covers_step_and_answer():
+    found = bench_loops("toy_resnet", 96, 2, 3, repeats=1)
+    assert found["threads"] == torch.get_num_threads()
+    for what in ("step", "answer"):
+        assert set(found[what]["times"]) == {"focus", "nts", "nts with loops"}
+        assert found[what]["ratios"]["nts"]["median"] == 1 and found[what]["ratios"]["nts with loops"]["median"] > 0
 
 
 def test_bars_follow_the_numbers():

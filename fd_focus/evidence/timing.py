@@ -6,7 +6,7 @@
 __all__ = ['FOCUS_STAGES', 'available_memory', 'machine', 'Clock', 'take_turns', 'middle', 'ratio', 'make_net', 'device_of',
            'make_batch', 'training_step', 'prediction', 'body_inputs', 'floor_step', 'stages', 'one_staged',
            'fitting_batch', 'bench_step', 'bench_prediction', 'numpy_nms', 'numpy_propose', 'torchvision_propose',
-           'sliced_zoom', 'bench_naive']
+           'sliced_zoom', 'bench_naive', 'sliced_crops', 'with_loops', 'bench_loops']
 
 # %% ../../nbs/54_timing.ipynb #54_timing_imports
 import os
@@ -338,3 +338,42 @@ def bench_naive(image_size=448, batch=16, channels=2048, stride=32, repeats=9, d
                 zoom=_in_turns(enlarging, repeats, device, kept=True),
                 zoom_new_pages=_in_turns(enlarging, repeats, device),
                 attention_10000_classes=many_classes)
+
+# %% ../../nbs/54_timing.ipynb #54_timing_031
+@torch.no_grad()
+def sliced_crops(images: Tensor, boxes: Tensor, size: tuple[int, int], points: int = 1) -> Tensor:
+    "(B,k,3,*size), crop by crop: zeros around the picture, corners at whole pixels, slice, interpolate."
+    pads = [side // 2 for side in images.shape[2:]]
+    padded = F.pad(images, (pads[1], pads[1], pads[0], pads[0]))
+    corners = (boxes + boxes.new_tensor([pads[1], pads[0]] * 2)).int().tolist()
+    crops = images.new_zeros(*boxes.shape[:2], 3, *size)
+    for i, rows in enumerate(corners):
+        for j, (x0, y0, x1, y1) in enumerate(rows):
+            part = padded[i:i + 1, :, y0:y1, x0:x1]
+            crops[i, j] = F.interpolate(part, size=size, mode="bilinear", align_corners=True)[0]
+    return crops
+
+@contextmanager
+def with_loops(net: Method):
+    "While open, a `NavigatorNet` selects in NumPy, picture by picture, and cuts crop by crop."
+    def select(scores, table, m): return numpy_propose(scores.detach(), net.anchors, m, net.iou_threshold)
+    with replaced("fd_focus.rivals.nts.propose_from_table", select), \
+         replaced("fd_focus.rivals.nts.padded_crops", sliced_crops): yield net
+
+# %% ../../nbs/54_timing.ipynb #54_timing_033
+def bench_loops(arch="resnet50", image_size=448, batch=16, n_classes=200, repeats=5, device="cpu") -> dict:
+    "A training step and an answer of FocusNet, of NTS-Net, and of NTS-Net with loops; `ratios` are to NTS-Net batched."
+    nets = {name: make_net(arch, image_size, n_classes, device, method) for name, method in
+            (("focus", "focus"), ("nts", "nts"), ("nts with loops", "nts"))}
+    def inside(net, work):
+        def run():
+            with with_loops(net): work()
+        return run
+    found = dict(arch=arch, image_size=image_size, batch=batch, device=device, threads=torch.get_num_threads())
+    for what, make in (("step", training_step), ("answer", prediction)):
+        works = {name: make(net, batch) for name, net in nets.items()}
+        works["nts with loops"] = inside(nets["nts with loops"], works["nts with loops"])
+        times = take_turns(works, repeats, device=device)
+        found[what] = dict(times={name: middle(seconds) for name, seconds in times.items()},
+                           ratios={name: ratio(seconds, times["nts"]) for name, seconds in times.items()})
+    return found
