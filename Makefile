@@ -17,8 +17,8 @@ $(STAMP): settings.ini setup.py
 DEMO := --data toy --arch toy_resnet --cut layer2 --image_size 96 --mark_size 0.6 --epochs 24 --bs 32 --seed 0
 
 demo: setup
-	$(BIN)/fd_focus_train $(DEMO) --method plain --out runs/demo/plain
-	$(BIN)/fd_focus_train $(DEMO) --out runs/demo/focus
+	$(BIN)/fd_focus_train $(DEMO) --method plain --out runs/demo/plain --overwrite
+	$(BIN)/fd_focus_train $(DEMO) --out runs/demo/focus --overwrite
 	$(BIN)/fd_focus_compare runs/demo/plain runs/demo/focus
 
 test: setup

@@ -115,7 +115,7 @@ def plot_attention(
     axes=None,
     size: float = 2.6,
 ):
-    "Each picture, bright where its attention map M is great, with a scale in M's own units (Eq. 2). Returns the figure."
+    "Each picture, bright where its attention map M is great, with a scale in M's units (Eq. 2). Returns the figure."
     images, look = _seen(source, what)
     ncols = min(ncols, len(images))
     axes = _axes(axes, -(-len(images) // ncols), ncols, size, len(images))

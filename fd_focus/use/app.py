@@ -201,7 +201,8 @@ def build_app(
                                                     cache_examples=False)
             events.append(shown.load_input_event.then)
         for event in events:      # unprocessed: gradio would open any file, and has no words for one that is no picture
-            done = event(ask, photo, [answer, photo], preprocess=False, api_visibility="private", show_progress_on=answer)
+            done = event(ask, photo, [answer, photo], preprocess=False, api_visibility="private",
+                         show_progress_on=answer)
             done.then(js=_TO_ANSWER, api_visibility="private")
     app.queue(max_size=500, default_concurrency_limit=1)     # in line: a network in two threads is no faster
     app.ask, app.kept = ask, kept                            # the examples are there as long as the page

@@ -227,6 +227,7 @@ def _check_files(settings: Settings) -> None:
     near = difflib.get_close_matches(place.name, there, 1)
     raise FileNotFoundError(f"no folder {place}" + (f"; did you mean {place.parent / near[0]}?" if near else ""))
 
+# %% ../../nbs/66_commands.ipynb #66_commands_025
 def _train(asked: dict, out: Path, examples: int | None, resume: bool, overwrite: bool = False) -> None:
     if not resume:
         _check_files(make_settings(asked))

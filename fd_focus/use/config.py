@@ -95,7 +95,8 @@ def _count(value) -> bool: return type(value) is int and 0 <= value < 1e12
 def _interval(value) -> bool: return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_number, value))
 
 # %% ../../nbs/59_config.ipynb #59_config_009
-_FIGURES = dict(accuracy=_number, test_accuracy=_number, test_interval=_interval, test_images=_count, valid_images=_count)
+_FIGURES = dict(accuracy=_number, test_accuracy=_number, test_interval=_interval, test_images=_count,
+                valid_images=_count)
 
 def _metrics(value) -> bool:
     return _table(value) and all(value.get(name) is None or good(value[name]) for name, good in _FIGURES.items())
@@ -227,7 +228,8 @@ trained with [fd_focus](https://github.com/fd-focus/fd_focus) {version}.
 {figures}{picture}
 ## Use it
 
-`pip install .` in a clone of [fd_focus](https://github.com/fd-focus/fd_focus), then, with this folder (or the name of its repository on a hub):
+`pip install .` in a clone of [fd_focus](https://github.com/fd-focus/fd_focus), then, with this
+folder (or the name of its repository on a hub):
 
 ```python
 from fd_focus.use.predict import FocusClassifier

@@ -238,7 +238,7 @@ def save_focus(
     folder: str | Path,
     arch: str | None = None,     # a name for a body of your own; other bodies know theirs, and it is compared with that
     cut: int | str | None = None,
-    metrics: dict | None = None, # for config and card: accuracy (0 to 1), valid_images, ...; None: what was measured last
+    metrics: dict | None = None, # for config and card: accuracy (0 to 1), valid_images, ...; None: as last measured
     temperature: float | None = None,  # the answer's logits are divided by it (calibration)
     threshold: float | None = None,    # the least probability that counts as sure; 2: none does
     settings: dict | None = None,      # the recipe, for the card; folders are cut off its paths

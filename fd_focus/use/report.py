@@ -161,6 +161,7 @@ def leave_report(
     if (out / "regions.png").is_file(): write_card(out / "model", out / "regions.png")
     return bool(sure)
 
+# %% ../../nbs/65_report.ipynb #65_report_000
 def closing_words(
     settings: Settings,
     summary: dict,       # of the run
