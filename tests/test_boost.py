@@ -12,7 +12,7 @@ from torch import nn
 import fd_focus.training.recipes  # noqa: F401 -- patches the recipes in
 from fd_focus.bodies import create_body
 from fd_focus.data.loaders import FocusDataLoaders
-from fd_focus.methods import Method, register
+from fd_focus.methods import METHODS, Method
 from fd_focus.rivals.boost import (BoostNet, boosting_weights, exponential_risk, line_search, training_pictures,
                                    turn_of)
 from fd_focus.training.learner import focus_learner
@@ -208,9 +208,6 @@ class TwoHeads(Method):
         self.image_head = nn.Linear(self.n_features, n_classes)
 
 
-register("two_heads", TwoHeads)
-
-
 @pytest.mark.parametrize("options, message", [
     (dict(rounds=0), "rounds=0; use at least 1"),
     (dict(shrink=0), "shrink=0; use a number above 0, at most 1"),
@@ -221,5 +218,6 @@ register("two_heads", TwoHeads)
     (dict(base="focus"), "has several heads"),
     (dict(base="nobody"), "nobody.* is none of"),
 ])
-def test_bad_input_is_told_at_once(options, message):
+def test_bad_input_is_told_at_once(options, message, monkeypatch):
+    monkeypatch.setattr(METHODS, "places", METHODS.places | {"two_heads": TwoHeads})
     with pytest.raises(ValueError, match=message): BoostNet(toy_body(), 3, 48, **options)

@@ -16,9 +16,9 @@ from PIL import Image
 
 from fd_focus.evidence.comparison import multiply_adds
 from fd_focus.use.cli import fd_focus_evaluate, fd_focus_train
-from fd_focus.use.commands import _judge_aside
 from fd_focus.use.evaluate import evaluate, labelled_pictures
 from fd_focus.use.predict import FocusClassifier
+from fd_focus.use.report import _aside
 from fd_focus.data.loaders import FocusDataLoaders
 from fd_focus.data.pictures import DataWarning
 from fd_focus.use.model_folder import save_focus
@@ -248,7 +248,7 @@ def test_pictures_put_aside_are_judged_once(trained):
 def test_pictures_put_aside_that_cannot_be_read_lose_no_run(trained, tmp_path, capsys):
     dls = FocusDataLoaders.from_folder(trained[1], image_size=64, bs=4, num_workers=0, test_pct=.25)
     dls.aside = dls.aside.assign(file="gone.jpg")
-    assert _judge_aside(SimpleNamespace(dls=dls), trained[0] / "model") == {}
+    assert _aside(SimpleNamespace(dls=dls), trained[0] / "model") is None
     assert "the pictures put aside judge nothing: none of the 6 pictures could be answered" in capsys.readouterr().out
 
 

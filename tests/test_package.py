@@ -54,7 +54,8 @@ def imported(tree) -> set[str]:
 
 def test_what_is_imported_is_declared():
     "At the head of a module by the package itself (or by the extra that the module is for), within functions by any."
-    config, called = ConfigParser(delimiters=["="]), dict(PIL="pillow", yaml="pyyaml", pillow_heif="pillow-heif")
+    called = dict(PIL="pillow", yaml="pyyaml", pillow_heif="pillow-heif", IPython="ipython")
+    config = ConfigParser(delimiters=["="])
     config.read(root / "settings.ini", encoding="utf-8")
     declared = {key: set(re.findall(r"([a-z_-]+)[^ ]*", words)) for key, words in config["DEFAULT"].items()
                 if key.endswith("requirements")}

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from fastcore.imports import IN_NOTEBOOK
-from IPython.display import display
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -347,7 +346,9 @@ def explain(
 def show(self: Prediction, source=None):
     "The answer with its reasons, see `explained`: below a notebook's cell, elsewhere in the system's viewer."
     why = self.explained(source)
-    if IN_NOTEBOOK: display(why)
+    if IN_NOTEBOOK:
+        from IPython.display import display     # half a second, which a command need not wait
+        display(why)
     else: why.image().show()
 
 @patch
