@@ -230,3 +230,18 @@ def test_answers_of_one_training_share_its_heads(tmp_path, monkeypatch):
     for choice in ("look_again: 10%, answer: adaptive", "preset: photos, look_again: 0.1"):
         (tmp_path / "plan.yaml").write_text(f"base: {{{toy}}}\nvariants: {{a: {{{choice}}}}}\nseeds: [0]")
         with pytest.raises(ValueError, match="look_again would choose on the pictures that judge"): load_plan(tmp_path)
+
+
+def test_methods_under_one_recipe_are_a_plan(tmp_path):
+    "Flags make the plan; what contradicts itself is told before anything runs."
+    asked = dict(out=str(tmp_path / "rivals"), methods=["plain", "bilinear"], seeds="0", arch="toy_resnet",
+                 image_size=48, n_classes=3, images_per_class=8, valid_per_class=4, epochs=1, bs=8)
+    fd_focus_experiment(None, **asked)
+    rows = pd.read_csv(tmp_path / "rivals/rows.csv")
+    assert list(rows.variant) == ["plain", "bilinear"] and (rows.status == "ok").all()
+    assert {"plan.yaml", "cost.png", "predictions.npz"} <= {file.name for file in (tmp_path / "rivals").iterdir()}
+    for wrong, said in ((dict(methods=None), "give a plan, or --methods"), (dict(out=None), "give --out"),
+                        (dict(epochs=2), "is another plan"), (dict(methods=["nobody"]), "is none of"),
+                        (dict(seeds="a"), "give whole numbers")):
+        with pytest.raises(SystemExit, match=said): fd_focus_experiment(None, **asked | wrong)
+    with pytest.raises(SystemExit, match="write it into the plan"): fd_focus_experiment(str(tmp_path / "rivals"), lr=.1)

@@ -316,7 +316,7 @@ def add_flag(
     parser,           # an argparse parser, or a group of one
     name: str,
     annotation,       # a type; a bool gets two flags, a list or dict takes several words
-    default,          # NONE_GIVEN: the value is given without a flag
+    default,          # NONE_GIVEN: the value is given without a flag, or not at all where the type allows for None
     help: str,
 ) -> None:
     "A flag for one option. What is not typed stays out of what argparse returns."
@@ -328,7 +328,8 @@ def add_flag(
     kind = get_args(annotation)[0] if several else annotation
     about |= dict(type=lambda word: parsed(name, word, kind))
     if default is NONE_GIVEN:
-        parser.add_argument(name, nargs="+" if several else None, help=about["help"], type=about["type"])
+        number = "+" if several else "?" if NoneType in _kinds(annotation) else None
+        parser.add_argument(name, nargs=number, help=about["help"], type=about["type"])
         return
     if several or dict in _kinds(annotation): about |= dict(nargs="+", action="extend")
     parser.add_argument(f"--{name}", metavar=_placeholder(annotation), **about)
