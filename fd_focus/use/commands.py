@@ -262,6 +262,7 @@ def fd_focus_compare(
 ):
     """Print finished runs side by side: accuracy with its 95 % interval, pictures, training time and multiply-adds of
     an answer, and how far each is from the first one on the same pictures."""
+    prepare()
     from fd_focus.use.compare import compare_runs
     print(compare_runs(folders))
 

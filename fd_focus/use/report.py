@@ -51,7 +51,7 @@ def _machine(learn, s: Settings) -> str:
 
 def _busy(load: float, cores: int) -> str:
     "A word about other work on the machine; nothing where there is little."
-    if load < .6 * cores: return ""
+    if load <= cores: return ""       # a run that has just ended makes as much
     return (f"this machine is busy (a load of {load:.1f} on {cores} cores): training is slower than it could be; with "
             "one thread, OMP_NUM_THREADS=1 before the command, it may be faster")
 
