@@ -125,6 +125,11 @@ def plot_attention(
         ax.figure.colorbar(scale, ax=ax, fraction=.046, pad=.03).ax.tick_params(labelsize=7)
     return axes[0].figure
 
+# %% ../nbs/18_draw.ipynb #18_draw_002
+def _unsquash(ax, size: tuple[int, int], shape: tuple[int, int]) -> None:
+    "Show a picture of `size` (height, width) on an axis in the shape of its original."
+    ax.set_aspect((shape[0] / shape[1]) * (size[1] / size[0]))
+
 # %% ../nbs/18_draw.ipynb #65_plot008
 def plot_focus(
     images: Tensor,                  # (B,3,H,W) from 0 to 1; or a learner
@@ -136,6 +141,7 @@ def plot_focus(
     size: float = 2.2,               # inches a picture
     nrows: int | None = None,        # rows of pictures
     figsize: tuple | None = None,    # inches of the whole figure, instead of `size`
+    shapes: list[tuple] | None = None,   # (height, width) of the originals: each picture is shown as wide as it was
 ):
     "Pictures with their top-4 regions, below each its attention map, where the method has them. Returns the figure."
     images, look = _seen(images, look)
@@ -151,6 +157,8 @@ def plot_focus(
         if titles: ax.set_title(_wrapped(titles[i], wide, 8), fontsize=8, parse_math=False,
                                 color=colours[i] if colours else "black")
         if deep == 2: _draw_spotlight(axes[row + 1, column], images[i], look.attention[i])
+        if shapes:
+            for ax in axes[row:row + deep, column]: _unsquash(ax, images[i].shape[1:], shapes[i])
     return axes[0, 0].figure
 
 # %% ../nbs/18_draw.ipynb #65_plot009

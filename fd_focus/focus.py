@@ -230,17 +230,18 @@ def examine(self: FocusNet, x: Tensor) -> Look:
 # %% ../nbs/16_focus.ipynb #16_focus_031
 class PassTarget(Callback):
     "Gives the network the true classes in training."
+    def __init__(self, why: str): self.why = why      # why one true class is needed, and what to do about it
     def before_fit(self):
         if any(isinstance(cb, MixHandler) for cb in self.learn.cbs):
-            raise ValueError("MixUp and CutMix blend two classes, but attention='single' looks for one true class: use "
-                             "attention='max', or leave them out")
+            raise ValueError(f"MixUp and CutMix blend two classes, but {self.why}")
     def before_batch(self):
         if self.training: self.learn.xb = (*self.xb, self.y.as_subclass(Tensor))
 
 @patch
 def callbacks(self: FocusNet) -> list:
     "For attention='single', what passes the true classes."
-    return [PassTarget()] if self.attention == "single" else []
+    why = "attention='single' looks for one true class: use attention='max', or leave them out"
+    return [PassTarget(why)] if self.attention == "single" else []
 
 # %% ../nbs/16_focus.ipynb #16_focus_049
 @patch

@@ -69,10 +69,10 @@ def free_port():
         return s.getsockname()[1]
 
 
-@pytest.fixture(scope="module")
-def page(folder, place):
-    "Where `fd_focus_app` listens, started as a user does; ends with Ctrl-C."
+def started(folder, place):
+    "The app as a user starts it: its process, port and log, once it listens."
     pytest.importorskip("gradio", reason="gradio is not installed: pip install 'fd_focus[app]'")
+    place.mkdir(exist_ok=True)
     script, port, log = place / "app.py", free_port(), place / "app.log"
     script.write_text(
         "import signal\n"
@@ -91,12 +91,32 @@ def page(folder, place):
     while "Ctrl-C ends it" not in log.read_text():
         assert process.poll() is None and time.time() < deadline, log.read_text()
         time.sleep(.2)
+    return process, port, log
+
+
+def left_behind(place):
+    "Files of visitors, and copies of examples, that are still there."
+    return [file for file in (place / "uploads").rglob("*") if file.is_file() and not file.is_symlink()]
+
+
+@pytest.fixture(scope="module")
+def page(folder, place):
+    "Where `fd_focus_app` listens; ends with Ctrl-C."
+    process, port, log = started(folder, place)
     yield f"http://127.0.0.1:{port}"
     process.send_signal(signal.SIGINT)
     process.wait(60)
     assert "Traceback" not in log.read_text()
-    left = [file for file in (place / "uploads").rglob("*") if file.is_file() and not file.is_symlink()]
-    assert not left, "what visitors have sent is still there"
+    assert not left_behind(place), "what visitors have sent is still there"
+
+
+def test_a_service_that_is_stopped_leaves_nothing_behind(folder, tmp_path):
+    "`systemctl stop`, `docker stop` and `kill` send SIGTERM. There is something to remove: copies of the examples."
+    process, _, log = started(folder, tmp_path / "app")
+    assert left_behind(tmp_path / "app")
+    process.terminate()
+    assert process.wait(60) == 143 and "Traceback" not in log.read_text()
+    assert not left_behind(tmp_path / "app")
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
-from fastai.callback.mixup import MixHandler
 from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..bodies import feature_shape
+from ..focus import PassTarget
 from ..methods import Look, Method, bare, loss_terms
 from ..regions import _pair
 from ..zoom import _zoom_weighted, first_view, scale_boxes
@@ -219,11 +219,7 @@ def losses(self: ZoomInNet, outputs: dict, target: Tensor, criterion: Callable) 
 
 # %% ../../nbs/45_racnn.ipynb #45_racnn_035
 class WarmProposals(Callback):
-    "Passes the true classes, and ends the warm-up of the proposal networks in time."
-    def before_fit(self):
-        if any(isinstance(cb, MixHandler) for cb in self.learn.cbs):
-            raise ValueError("MixUp and CutMix blend two classes, but RA-CNN's ranking loss asks for the probability "
-                             "of one true class: leave them out")
+    "Ends the warm-up of the proposal networks in time."
     def before_train(self):   # PyTorch asks for it where a compiled body is run backward twice
         self.kept = self.__dict__.get("kept", torch._functorch.config.donated_buffer)
         torch._functorch.config.donated_buffer = False
@@ -232,13 +228,14 @@ class WarmProposals(Callback):
     def after_fit(self): self.let_go()
     def before_batch(self):
         if not self.training: return
-        self.learn.xb, net = (*self.xb, self.y.as_subclass(Tensor)), bare(self.model)
+        net = bare(self.model)
         if self.pct_train >= net.warm and not hasattr(self.learn, "lr_finder"): net.warmed.fill_(True)
 
 @patch
 def callbacks(self: ZoomInNet) -> list:
     "What passes the true classes and ends the warm-up."
-    return [WarmProposals()]
+    why = "RA-CNN's ranking loss asks for the probability of one true class: leave them out"
+    return [PassTarget(why), WarmProposals()]
 
 @patch
 def teacher(self: ZoomInNet, outputs: dict) -> None:

@@ -235,15 +235,18 @@ def _classes(dataset) -> list[int]: return [int(label) for label in dataset.tls[
 def regions_figure(learn: FocusLearner, k: int = 12):
     """`k` validation pictures, spread over the classes, with regions and attention, titled by prediction.
     None where a method has neither."""
-    items = list(learn.dls.valid_ds.items)
-    chosen = [items[i] for i in spread(_classes(learn.dls.valid_ds), k)]
+    items, rows = list(learn.dls.valid_ds.items), spread(_classes(learn.dls.valid_ds), k)
+    chosen = [items[i] for i in rows]
     x, y = learn.dls.test_dl(chosen, with_labels=True, bs=k, num_workers=0).one_batch()
     pictures, look = learn.see(x)
     if look.boxes is None and look.attention is None: return None
     names = list(short_names(learn.dls.vocab).values())
     guessed, true = ([names[i] for i in indices.tolist()] for indices in (look.answer.argmax(1), y))
     titles = [g if g == t else f"{g}\n(is {t})" for g, t in zip(guessed, true)]
-    return plot_focus(pictures, look, titles, ["green" if g == t else "red" for g, t in zip(guessed, true)])
+    squashed = (getattr(learn.dls, "geometry", None) or (0, False))[1]
+    shapes = [learn.dls.valid_ds.tls[0][i].size[::-1] for i in rows] if squashed else None     # of the photographs
+    colours = ["green" if g == t else "red" for g, t in zip(guessed, true)]
+    return plot_focus(pictures, look, titles, colours, shapes=shapes)
 
 # %% ../../nbs/36_run.ipynb #72_run012f
 def save_figure(file: Path, draw: Callable) -> None:

@@ -8,6 +8,7 @@ __all__ = ['fd_focus_predict', 'fd_focus_evaluate', 'fd_focus_export', 'fd_focus
 # %% ../../nbs/67_cli.ipynb #95_cli003
 import os
 import re
+import signal
 import sys
 from contextlib import nullcontext
 from functools import reduce
@@ -301,4 +302,5 @@ def fd_focus_app(
     print(f"fd_focus: the app of {model} is at {url} (Ctrl-C ends it)", flush=True)
     if host not in ("127.0.0.1", "localhost", "::1"):
         print(f"fd_focus: it listens on {host}: whoever reaches this machine can use it", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))      # what visitors have sent is removed then, too
     app.block_thread()
