@@ -26,9 +26,9 @@ from PIL import Image
 from torch import Tensor
 
 from .benchmarks import aircraft_folder, aircraft_table, cars_folder, cars_table, cub_folder, cub_table
-from .items import (BalancedDL, FitResize, ItemReader, LabelReader, SeededDL, ToyReader, find_item,
+from .items import (BalancedDL, FitResize, LabelReader, SeededDL, ToyReader, find_item, item_reader,
                                  paper_transforms, target_side)
-from .pictures import (DataWarning, ReducedPictures, check_images, duplicate_images, open_image,
+from .pictures import (DataWarning, check_images, duplicate_images, open_image,
                                     upright_size)
 from .tables import check_apart, check_table, csv_table, folder_table, put_aside, sound_table
 from .truth import draw_truth, from_points, place_points, send_points, to_points
@@ -41,6 +41,9 @@ class FocusDataLoaders(DataLoaders):
         "fastai's, which takes PIL images too, and reads paths as `find_item` says, whatever their type."
         if isinstance(test_items, (list, tuple, L)): test_items = [self._item(item) for item in test_items]
         return super().test_dl(test_items, rm_type_tfms or 0, *args, **kwargs)
+    def photograph(self, item) -> PILImage:
+        "What an item shows, before anything is done to it."
+        return getattr(self.reader, "read", self.reader)(item)
     def _item(self, item):
         "What the readers take. A picture that is still a file is read, or transforms would give its type to others."
         if isinstance(item, Image.Image): return open_image(item)
@@ -57,6 +60,7 @@ def _of(cls: FocusDataLoaders, dls, table: pd.DataFrame, image_size: int, path="
     self.listed = {os.path.abspath(Path(path) / file): file for file in table.file if isinstance(file, str)}
     self.image_size, self.skipped, self.duplicates = image_size, {}, table.iloc[:0]
     self.judged_by = "valid" # pictures that accuracy is measured on: 'valid', 'test', or a share of 'train'
+    self.reader = open_image # item to picture
     self.min_side = None     # of `open_image`, as these loaders use it
     self.geometry = None     # (side resized to, squashed?) of `paper_transforms`; None: other transforms
     return self
@@ -111,13 +115,6 @@ def _check_arguments(on_bad_image, on_duplicate, item_tfms, own, kwargs):
         raise ValueError("item_tfms replace the transforms that resize, squash and crop_scale describe; give one or "
                          "the other")
 
-def _reader(path: Path, min_side: int | None, cache, cache_gb: float, known: dict) -> ItemReader:
-    banner = known.get("banner", 0)
-    if not cache: return ItemReader(path, min_side, banner=banner)
-    if min_side: return ItemReader(path, min_side, ReducedPictures(cache, min_side + banner, cache_gb), banner)
-    raise ValueError("cache keeps pictures at the size that the first of item_tfms resizes to, "
-                     "but these do not begin with a Resize")
-
 def _balanced(table: pd.DataFrame) -> dict:
     "Arguments that make the training loader draw every class equally often."
     labels = table.label[table.split == "train"]
@@ -141,7 +138,7 @@ def from_table(cls: FocusDataLoaders,
     on_duplicate: str = "warn",       # the same picture under two labels or in both splits: 'warn' names them; 'drop'
                                       # leaves out all with two labels, and training copies of validation pictures
     balance: bool = False,            # draw every class equally often in training
-    cache: str | Path | None = None,  # folder that keeps large pictures reduced, see `ReducedPictures`
+    cache: str | Path | None = None,  # 'ram', see `PicturesInMemory`, or a folder, see `ReducedPictures`
     cache_gb: float = 10.,            # its size, gigabytes
     bs: int = 16,                     # pictures a batch, at most those in training
     **kwargs,
@@ -155,15 +152,15 @@ def from_table(cls: FocusDataLoaders,
     table = table.reset_index(drop=True)
     check_table(table, classes)
     if own: item_tfms = paper_transforms(image_size, resize, squash, crop_scale)
-    min_side = target_side(item_tfms)
+    reader = item_reader(path, item_tfms, cache, cache_gb, table)
     block = DataBlock((ImageBlock, CategoryBlock(vocab=sorted(table.label.unique()))), get_y=LabelReader(table),
-                      get_x=_reader(path, min_side, cache, cache_gb, table.attrs), item_tfms=item_tfms,
+                      get_x=reader, item_tfms=item_tfms,
                       batch_tfms=batch_tfms, splitter=IndexSplitter(np.flatnonzero(table.split == "valid")))
     kwargs = dict(dl_type=SeededDL) | kwargs | (_balanced(table) if balance else {})
     dls = cls._of(block.dataloaders(list(table.file), bs=bs, **kwargs), table, image_size, path)
-    dls.skipped, dls.duplicates = bad | doubled, twice.reset_index(drop=True)
+    dls.reader, dls.skipped, dls.duplicates = reader, bad | doubled, twice.reset_index(drop=True)
     dls.geometry = (max(item_tfms[0].size), squash) if own else None
-    dls.min_side, dls.judged_by = min_side, judged_by
+    dls.min_side, dls.judged_by = target_side(item_tfms), judged_by
     dls.fingerprints = [prints.get(path / file) for file in table.file]
     return dls
 
@@ -178,7 +175,7 @@ def from_folder(cls: FocusDataLoaders,
     **kwargs,
 ) -> FocusDataLoaders:
     "DataLoaders of a folder (see `folder_table` for layouts, `from_table` for the other arguments)."
-    if cache := kwargs.get("cache"): check_apart(cache, path, "cache")
+    if (cache := kwargs.get("cache")) not in (None, "ram"): check_apart(cache, path, "cache")
     table, aside = put_aside(folder_table(path, valid_pct, seed), test_pct, seed)
     dls = cls.from_table(table, path, **kwargs)
     dls.aside = aside
@@ -224,12 +221,12 @@ def from_toy(cls: FocusDataLoaders,
                               split=["train" if item.split == "train" else "valid" for item in items],
                               box=[t.box for t in truths], parts=[t.parts for t in truths],
                               marked=[t.marked for t in truths]))
-    block = DataBlock((ImageBlock, CategoryBlock(vocab=sorted(table.label.unique()))), get_y=labeller,
-                      get_x=ToyReader(reader, image_size),
+    reader = ToyReader(reader, image_size)
+    block = DataBlock((ImageBlock, CategoryBlock(vocab=sorted(table.label.unique()))), get_y=labeller, get_x=reader,
                       splitter=IndexSplitter(np.flatnonzero(table.split == "valid")),
                       item_tfms=[FitResize(image_size, method=ResizeMethod.Squish), FlipItem()], batch_tfms=batch_tfms)
     dls = cls._of(block.dataloaders(items, bs=bs, num_workers=num_workers, dl_type=SeededDL), table, image_size)
-    dls.min_side, dls.judged_by = image_size, split
+    dls.reader, dls.min_side, dls.judged_by = reader, image_size, split
     return dls
 
 # %% ../../nbs/25_loaders.ipynb #60_data041b

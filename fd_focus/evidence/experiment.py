@@ -21,9 +21,9 @@ from fastai.torch_core import rank_distrib
 
 from .comparison import answering_time, multiply_adds, place_of, read_arrays, read_rows
 from ..methods import bare, mean_of_heads
-from ..training.checkpoint import alone, put, put_bytes
+from ..training.machine import alone, put, put_bytes
 from ..training.run import train
-from ..training.settings import Settings, make_settings, resolve
+from ..training.settings import CHANGE_NOTHING, Settings, make_settings, resolve
 
 # %% ../../nbs/57_experiment.ipynb #75_experiment006c
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def _fingerprint(settings: Settings) -> str: return json.dumps(asdict(settings),
 
 def _same(recorded: str, settings: Settings) -> bool:
     "Do recorded settings mean these? One that did not exist then had the value that is its default now."
-    effective = lambda s: replace(resolve(s), workers=0)        # how pictures are loaded changes nothing
+    effective = lambda s: replace(resolve(s), **CHANGE_NOTHING)        # how pictures are loaded changes nothing
     try: return effective(Settings(**json.loads(recorded))) == effective(settings)
     except (TypeError, ValueError): return False
 

@@ -33,11 +33,12 @@ from ..data.names import short_names
 from ..draw import plot_focus
 from ..loss import FocusLoss
 from ..methods import METHODS, method_options
-from . import recipes    # noqa: F401 -- patches fit_paper and fit_modern into FocusLearner
-from .checkpoint import Checkpoint, KeepBest, _own, alone, put, put_bytes, stoppable
+from . import recipes    # which patches fit_paper and fit_modern into FocusLearner
+from .checkpoint import Checkpoint, KeepBest, _own, stoppable
 from .checkpoint import random_state, set_random_state
 from .learner import FocusLearner, focus_learner, history
-from .settings import FOLDER_SETTINGS, Settings, method_arguments, resolve, write_settings
+from .machine import alone, put, put_bytes
+from .settings import CHANGE_NOTHING, FOLDER_SETTINGS, Settings, method_arguments, resolve, write_settings
 from .speed import speed_up
 
 # %% ../../nbs/36_run.ipynb #36_run_001
@@ -138,7 +139,7 @@ def _checkpoint(s: Settings, out: str | Path, resume: bool, beside: dict | None 
     "What saves the run in `out`, and goes on from there. ValueError where the run there had other settings."
     checkpoint, now = Checkpoint(out, resume, asdict(s), beside), asdict(s)
     there = checkpoint.state["settings"] if resume else now
-    if wrong := [name for name in now if name in there and there[name] != now[name] and name != "workers"]:
+    if wrong := [name for name in now if name in there and there[name] != now[name] and name not in CHANGE_NOTHING]:
         differ = ", ".join(f"{name}={now[name]!r} (there: {there[name]!r})" for name in wrong)
         raise ValueError(f"{checkpoint.file} is of a run with other settings: {differ}")
     return checkpoint
@@ -147,6 +148,7 @@ def _callbacks(s: Settings, out: str | Path | None) -> list[Callback]:
     "What the settings ask for besides: the best weights, an early end, a log."
     cbs = [KeepBest()] if s.keep_best else []
     if s.early_stop: cbs.append(EarlyStoppingCallback(monitor="accuracy", patience=s.early_stop))
+    if s.valid_every != 1: cbs.append(recipes.ValidateEvery(s.valid_every))
     return cbs + ([log_callback(s, out)] if s.log else [])
 
 # %% ../../nbs/36_run.ipynb #72_run007d
@@ -244,7 +246,7 @@ def regions_figure(learn: FocusLearner, k: int = 12):
     guessed, true = ([names[i] for i in indices.tolist()] for indices in (look.answer.argmax(1), y))
     titles = [g if g == t else f"{g}\n(is {t})" for g, t in zip(guessed, true)]
     squashed = (getattr(learn.dls, "geometry", None) or (0, False))[1]
-    shapes = [learn.dls.valid_ds.tls[0][i].size[::-1] for i in rows] if squashed else None     # of the photographs
+    shapes = [learn.dls.photograph(item).size[::-1] for item in chosen] if squashed else None     # of the photographs
     colours = ["green" if g == t else "red" for g, t in zip(guessed, true)]
     return plot_focus(pictures, look, titles, colours, shapes=shapes)
 
@@ -292,7 +294,7 @@ def write_examples(
     if k < 0: raise ValueError(f"k={k}; use a number of pictures, or 0 for none")
     valid, files, folder = learn.dls.valid_ds, [], Path(folder) / "examples"
     for number, i in enumerate(spread(_classes(valid), k), 1):
-        picture, label = valid.tls[0][i].convert("RGB"), str(learn.dls.vocab[int(valid.tls[1][i])])
+        picture, label = learn.dls.photograph(valid.items[i]).convert("RGB"), str(learn.dls.vocab[int(valid.tls[1][i])])
         picture.thumbnail((side, side))
         name = re.sub(r"[^\w +.-]", "_", label)[:80]
         files.append(folder / f"{number} {name}.jpg")
