@@ -539,7 +539,7 @@ def test_command(saved, data, tmp_path, monkeypatch, capsys):
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks")
 def test_one_export_to_a_file_at_a_time(saved, tmp_path):
     file = tmp_path / "model.onnx"
-    script = ("import sys, time; from fd_focus.training.checkpoint import alone\n"
+    script = ("import sys, time; from fd_focus.training.machine import alone\n"
               "with alone(sys.argv[1]): print('held', flush=True); time.sleep(600)")
     with subprocess.Popen([sys.executable, "-W", "ignore", "-c", script, file], stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"

@@ -796,7 +796,7 @@ def test_ten_thousand_pictures_in_constant_memory(model, birds):
     code = (
         "import resource, sys, io; from pathlib import Path\n"
         "from fd_focus.use.predict import *; from fd_focus.use.files import *\n"
-        "from fd_focus.training.speed import keep_memory\n"
+        "from fd_focus.training.machine import keep_memory\n"
         "keep_memory(); c = FocusClassifier.load(sys.argv[1], 'cpu')\n"
         "files = sorted(map(str, Path(sys.argv[2]).rglob('*.jpg'))); peak = {}\n"
         "class Sink(io.StringIO):\n    def write(self, text): pass\n"

@@ -19,7 +19,8 @@ import yaml
 from fastai.callback.core import Callback
 from safetensors.torch import load_file
 
-from fd_focus.training.checkpoint import Checkpoint, alone, put, put_bytes, read_checkpoint
+from fd_focus.training.checkpoint import Checkpoint, read_checkpoint
+from fd_focus.training.machine import alone, put, put_bytes
 from fd_focus.training.run import make_learner, train
 from fd_focus.training.settings import Settings
 from fd_focus.use.commands import fd_focus_train
@@ -236,7 +237,7 @@ def test_two_writers_of_one_file(tmp_path):
 def test_a_lock_of_the_dead_holds_nobody(tmp_path):
     "What a killed process, or another machine, has left in the file says nothing; children hold nothing."
     (tmp_path / ".lock").write_text("process 1 on elsewhere")
-    script = ("import os, sys, time; from fd_focus.training.checkpoint import alone\n"
+    script = ("import os, sys, time; from fd_focus.training.machine import alone\n"
               "with alone(sys.argv[1]):\n    if os.fork(): os._exit(0)\n    time.sleep(60)")
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, stdout=subprocess.DEVNULL)
     with alone(tmp_path): assert (tmp_path / ".lock").read_text() == f"process {os.getpid()} on {platform.node()}"

@@ -26,10 +26,10 @@ from ..attention import attention_map
 from .timing import bench_naive, bench_prediction, bench_step, machine, make_net, middle, ratio
 from .timing import take_turns, training_step
 from ..regions import propose_from_table, region_grid, suppression_table
-from ..training.checkpoint import alone, put
+from ..training.machine import alone, keep_memory, put
 from ..training.run import make_learner
 from ..training.settings import Settings
-from ..training.speed import CheckpointBody, FusedAdam, keep_memory, peak_memory
+from ..training.speed import CheckpointBody, FusedAdam, peak_memory
 from ..zoom import zoom
 
 # %% ../../nbs/56_bench.ipynb #85_bench018

@@ -8,25 +8,29 @@ __all__ = ['predictions', 'confused_pairs', 'plot_confused', 'reliability', 'exp
 
 # %% ../../nbs/52_calibration.ipynb #52_calibration_004
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from fastai.learner import Learner
 from matplotlib.figure import Figure
 from scipy.optimize import minimize_scalar
 from scipy.stats import beta
 from torch import Tensor
 
 from ..data.names import short_names
-from ..draw import draw_regions
-from ..training.learner import FocusLearner
+from ..regions import draw_regions
+
+if TYPE_CHECKING:            # judging a saved model needs no fastai
+    from fastai.learner import Learner
+
+    from fd_focus.training.learner import FocusLearner
 
 # %% ../../nbs/52_calibration.ipynb #80_interpret031
 def predictions(
-    learn: Learner,       # FocusLearner, or any classifier's
+    learn: "Learner",     # FocusLearner, or any classifier's
     dl=None,              # None: validation
 ) -> tuple[Tensor, Tensor]:   # logits (N,C) of the answer, targets (N,), in the order of the items
     "The network's logits and the truth."
@@ -70,7 +74,7 @@ def _draw_examples(axes, learn, items: list, title: str, colour: str, k: int) ->
 
 # %% ../../nbs/52_calibration.ipynb #80_interpret032e
 def plot_confused(
-    learn: FocusLearner,
+    learn: "FocusLearner",
     pairs: int = 3,          # the most frequent confusions
     examples: int = 3,       # pictures of each side
     k: int = 4,              # regions to draw

@@ -14,14 +14,16 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from fastai.learner import Learner
 from scipy import stats
 from torch.utils.flop_counter import FlopCounterMode
+
+if TYPE_CHECKING: from fastai.learner import Learner       # judging a saved model needs no fastai
 
 # %% ../../nbs/50_comparison.ipynb #50_comparison_004
 _FIGURES = ("seconds", "images_per_second", "predict_seconds", "multiply_adds")     # of runs that did not fail
@@ -250,7 +252,7 @@ def multiply_adds(
 # %% ../../nbs/50_comparison.ipynb #75_experiment011c
 @torch.no_grad()
 def answering_time(
-    learn: Learner,
+    learn: "Learner",
     repeats: int = 3,        # after one that does not count; the median is taken
 ) -> float:                  # seconds a picture, without loading
     "Time to answer the pictures of one validation batch."

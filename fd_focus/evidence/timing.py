@@ -29,8 +29,9 @@ from ..loss import FocusLoss
 from ..methods import Method, build_method
 from ..regions import propose, propose_from_table, region_grid, suppression_table
 from ..training.learner import body_and_heads
+from ..training.machine import keep_memory
 from ..training.run import versions
-from ..training.speed import FusedAdam, keep_memory, peak_memory
+from ..training.speed import FusedAdam, peak_memory
 from ..zoom import zoom
 
 # %% ../../nbs/54_timing.ipynb #85_bench006

@@ -18,9 +18,9 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..bodies import feature_shape
-from ..focus import PassTarget
 from ..methods import Look, Method, bare, loss_terms
 from ..regions import _pair
+from ..true_class import PassTarget
 from ..zoom import _zoom_weighted, first_view, scale_boxes
 
 # %% ../../nbs/45_racnn.ipynb #45_racnn_008

@@ -72,7 +72,7 @@ def make_learner(settings: Settings) -> FocusLearner:
     "Data and learner of a run, seeded. ValueError for settings that the data or the method does not take."
     s, takes = resolve(settings), method_options(METHODS[settings.method])
     options = method_arguments(s, takes)
-    if s.input_size and "region_size" not in takes:
+    if s.input_size and "zoom_size" not in takes:
         raise ValueError(f"input_size={s.input_size}: method {s.method!r} cuts no regions; use image_size")
     if num_distrib() > 1 and torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     set_seed(s.seed, reproducible=True)

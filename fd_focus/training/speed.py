@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AMPS', 'held_memory', 'peak_memory', 'BFloat16', 'CompileBody', 'body_segments', 'CheckpointBody', 'FusedAdam',
-           'FusedSGD', 'keep_memory', 'AccumulateGradients', 'resolve_amp', 'speed_up']
+           'FusedSGD', 'AccumulateGradients', 'resolve_amp', 'speed_up']
 
 # %% ../../nbs/34_speed.ipynb #71_speed003
 import itertools
@@ -200,17 +200,6 @@ class FusedSGD(_Fused):
                     for p, state in zip(params, states)]
         sgd(params, grads, averages, fused=True, momentum=hyper["mom"] if self.heavy else 0., lr=hyper["lr"],
             dampening=0., nesterov=False, maximize=False, weight_decay=0. if self.decouple_wd else hyper["wd"])
-
-# %% ../../nbs/34_speed.ipynb #71_speed023
-def keep_memory(
-    on: bool = True,   # False: glibc's usual thresholds again
-) -> bool:             # whether the C library could be told
-    "Let the process keep the memory of freed tensors for the next ones (Linux with glibc; elsewhere nothing happens)."
-    import ctypes
-    try: mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError): return False
-    trim, mmaps = -1, -4                                       # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
-    return bool(mallopt(mmaps, 0 if on else 65536)) and bool(mallopt(trim, (1 << 31) - 1 if on else 128 << 10))
 
 # %% ../../nbs/34_speed.ipynb #71_speed024c
 class AccumulateGradients(GradientAccumulation):

@@ -237,7 +237,7 @@ def fd_focus_export(
     "Write the model as one graph, image in, probabilities and regions out, and check that it answers as PyTorch does."
     _check_model(model)
     prepare()
-    from fd_focus.training.checkpoint import alone
+    from fd_focus.training.machine import alone
     from fd_focus.use.export import (
         FORMATS, check_parity, export_model, how_to_prepare, run_exported, write_beside)
     from fd_focus.use.model_folder import load_focus

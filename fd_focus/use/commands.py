@@ -185,7 +185,7 @@ def _held(settings: Settings, out: Path, resume: bool):
     """Make the folder of a run and hold it. ValueError where an unfinished run is in it, or where it would become a
     class of the pictures; BlockingIOError where another process holds it."""
     from fd_focus.data.tables import check_apart
-    from fd_focus.training.checkpoint import alone
+    from fd_focus.training.machine import alone
     if settings.data != "toy": check_apart(out, settings.data, "--out")
     out.mkdir(parents=True, exist_ok=True)       # a folder that cannot be written is known before training, not after
     with alone(out):
@@ -214,7 +214,7 @@ def prepare() -> None:
     warnings.filterwarnings("ignore", category=UserWarning)          # but not what the data has to say
     import matplotlib
     matplotlib.use("agg")
-    from fd_focus.training.speed import keep_memory
+    from fd_focus.training.machine import keep_memory
     keep_memory()                # a fifth of a CPU's time went into clearing new pages
 
 def _check_files(settings: Settings) -> None:
@@ -278,7 +278,7 @@ def write_plan(
     "Write the plan of a comparison. ValueError for an unknown method, and where another plan lies there."
     import yaml
     from fd_focus.methods import METHODS
-    from fd_focus.training.checkpoint import put
+    from fd_focus.training.machine import put
     names = RIVALS if methods == ["all"] else list(dict.fromkeys(methods))
     for name in names: METHODS[name]
     if not all(seed.strip().isdigit() for seed in seeds.split(",")):

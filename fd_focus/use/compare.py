@@ -16,7 +16,7 @@ from scipy.stats import binomtest
 from ..data.names import visible
 from ..evidence.calibration import predictions
 from ..evidence.comparison import paired_difference
-from ..training.checkpoint import put
+from ..training.machine import put
 from ..training.learner import FocusLearner
 
 # %% ../../nbs/64_compare.ipynb #64_compare_006

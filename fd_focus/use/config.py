@@ -20,7 +20,7 @@ import yaml
 
 from ..data.names import _CODES
 from ..methods import MAX_PIXELS, Method, method_options
-from ..training.checkpoint import put
+from ..training.machine import put
 from ..training.settings import FOLDER_SETTINGS, TOY_SETTINGS, MachineSettings
 
 # %% ../../nbs/59_config.ipynb #59_config_011

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..methods import Method, method_name
 from ..regions import _pair
 from ..toy import ToyBirds
-from ..training.checkpoint import put, put_bytes
+from ..training.machine import put, put_bytes
 from .config import write_json
 from .predict import FocusPipeline
 

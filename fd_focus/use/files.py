@@ -30,7 +30,7 @@ from PIL import Image
 from ..data.names import visible
 from ..data.pictures import FORMATS, DataWarning, is_picture
 from ..data.tables import is_hidden
-from ..training.checkpoint import put, put_bytes
+from ..training.machine import put, put_bytes
 from .answer import explain    # noqa: F401 -- gives a Prediction `explained`
 from .predict import FocusClassifier, Prediction
 

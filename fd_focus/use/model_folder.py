@@ -29,7 +29,7 @@ from torch.nn.modules import module as nn_module
 from ..bodies import build_model, create_body, cut_layers
 from ..data.pictures import open_image
 from ..methods import METHODS, Method, bare, build_method, method_name
-from ..training.checkpoint import put
+from ..training.machine import put
 from ..training.learner import FocusLearner, history
 from ..training.run import versions
 from .config import (

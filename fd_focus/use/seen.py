@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..data.pictures import check_images
-from ..training.checkpoint import put
+from ..training.machine import put
 
 # %% ../../nbs/59_seen.ipynb #59_seen_006
 def note_seen(
