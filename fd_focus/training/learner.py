@@ -321,11 +321,12 @@ def _image_size(dls: DataLoaders) -> tuple[int, int] | int:
         with own_random(0), torch.random.fork_rng(): return tuple(dls.one_batch()[0].shape[2:])
     finally: dls.train.rng = kept
 
-def _preset(name: str | None, twice: bool, size: int | tuple[int, int], fixed: bool) -> dict:
+def _preset(name: str | None, known: tuple, size: int | tuple[int, int], fixed: bool) -> dict:
     "Options of a preset; `size` is the first look's if `fixed`, else that of the pictures that regions are cut from."
     if name is None: return {}
     if name not in PRESETS: raise ValueError(f"preset={name!r} is not one of {', '.join(map(repr, PRESETS))} or None")
-    method, half = "focus" if twice else "plain", tuple(side // 2 for side in _pair(size))
+    method = "focus" if "look_again_below" in known else "nts" if "zoom_size" in known else "plain"
+    half = tuple(side // 2 for side in _pair(size))
     larger = "input_size" in PRESETS[name](method) and not fixed and min(half) >= 224
     return PRESETS[name](method, (half if half[0] != half[1] else half[0]) if larger else size)
 
@@ -369,7 +370,7 @@ def focus_learner(
         raise ValueError("weights and cut are for the name of an architecture; load or cut a body of your own before")
     size = _image_size(dls) if image_size is None else image_size
     known = method_options(METHODS[method] if isinstance(method, str) else method)
-    chosen = _preset(preset, "look_again_below" in known, size, image_size is not None)
+    chosen = _preset(preset, known, size, image_size is not None)
     options = {"image_size": size} | {name: chosen[name] for name in known if name in chosen}
     options |= {name: kwargs.pop(name) for name in list(kwargs) if name in known}
     body, stats = (arch, None) if isinstance(arch, nn.Module) else create_body(arch, pretrained, weights, cut)
