@@ -27,7 +27,8 @@ from fd_focus.training.learner import focus_learner
 from fd_focus.evidence.calibration import Calibration
 from fd_focus.training.settings import Settings
 from fd_focus.use.config import add_metrics, as_json, check_config, judges, rests_on, write_card
-from fd_focus.use.model_folder import _at_most, _check_arch, _sketch, load_focus, push_to_hub, save_focus
+from fd_focus.use.model_folder import _check_arch, _sketch, load_focus, push_to_hub, save_focus
+from fd_focus.use.weights import _at_most
 from fd_focus.use.predict import FocusClassifier, FocusPipeline
 
 
@@ -361,7 +362,7 @@ def test_a_config_takes_no_memory(folder, values, message, monkeypatch):
     "Refused before anything is allocated for it: weights are not read, and no tensor of 100 MB is made."
     change(folder, **values)
     def refuse(*args): raise AssertionError("the weights were read")
-    monkeypatch.setattr("fd_focus.use.model_folder.load_file", refuse)
+    monkeypatch.setattr("fd_focus.use.weights.load_file", refuse)
     made, empty = [], torch.empty
     def watched(*args, **kwargs):
         if (tensor := empty(*args, **kwargs)).device.type != "meta": made.append(tensor.numel())
@@ -385,8 +386,8 @@ def test_a_header_that_claims_gigabytes(folder, monkeypatch):
     with pytest.raises(ValueError, match="model.safetensors is damaged, cut short"): load_focus(folder)
     with open(weights, "rb+") as stream: stream.truncate(start + size)          # a file of holes
     def refuse(*args): raise AssertionError("the weights were read")
-    monkeypatch.setattr("fd_focus.use.model_folder.load_file", refuse)
-    monkeypatch.setattr("fd_focus.use.model_folder._sha256", refuse)
+    monkeypatch.setattr("fd_focus.use.weights.load_file", refuse)
+    monkeypatch.setattr("fd_focus.use.weights._sha256", refuse)
     with pytest.raises(ValueError, match="model.safetensors does not fit its config.json: no "): load_focus(folder)
     header(weights, {"x": dict(dtype="F32", shape=[2**62, 2**62], data_offsets=[0, 4])})
     with pytest.raises(ValueError, match="model.safetensors is damaged"): load_focus(folder)
@@ -400,7 +401,8 @@ def test_a_large_text_is_no_config(folder):
 def test_a_network_is_sketched_without_memory(dls, saved):
     config = json.loads((saved / "config.json").read_text())
     sketch = _sketch(config, None, 1_000_000)
-    assert {t.device.type for t in [*sketch.parameters(), *sketch.buffers()]} == {"meta"} and sketch.map_size == (4, 4)
+    assert {t.device.type for t in sketch.parameters()} == {"meta"} and sketch.map_size == (4, 4)
+    assert {b.device.type for b in sketch.buffers(recurse=False)} == {"cpu"}           # its grid and its table
     with _at_most(1000): pass
     nn.Linear(100, 100)                                      # the limit has gone with its block
     with pytest.raises(ValueError, match="far larger than its weights"), _at_most(1000): nn.Linear(100, 100)

@@ -6,42 +6,44 @@
 __all__ = ['preparation', 'save_focus', 'load_focus', 'push_to_hub']
 
 # %% ../../nbs/60_model_folder.ipynb #90_export003
-import hashlib
 import math
 import re
 import shutil
-import threading
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import torch
-from fastai.data.core import DataLoaders
-from fastai.data.transforms import IntToFloatTensor, Normalize
-from fastai.vision.augment import AffineCoordTfm, RandomCrop, Resize, ResizeMethod
-from fastai.vision.core import ToTensor
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 
-from ..bodies import build_model, create_body, cut_layers
-from ..data.pictures import open_image
+from ..bodies import create_body
+from ..data.pictures import read_image
 from ..methods import METHODS, Method, bare, build_method, method_name
 from ..training.machine import put
-from ..training.learner import FocusLearner, history
-from ..training.run import versions
 from .config import (
     _FIGURE, _NO_ARGUMENTS, _check_options, _share, as_json, check_config, read_json, write_card, write_json)
 from .seen import note_seen
+from .weights import (
+    _at_most, _check_fit, _check_numbers, _fill, _lacks, _NoWeights, _read_shapes, _read_weights, _sha256, _TooLarge,
+    _weights, _write_weights)
+
+if TYPE_CHECKING:            # saving knows fastai, which a learner has brought; loading does without
+    from fastai.data.core import DataLoaders
+
+    from fd_focus.training.learner import FocusLearner
 
 # %% ../../nbs/60_model_folder.ipynb #90_export011
 def preparation(
-    dls: DataLoaders,    # pictures, with fastai's transforms
+    dls: "DataLoaders",  # pictures, with fastai's transforms
     image_size: tuple[int, int], # height and width of the network's first look: taken where `dls` does not resize
 ) -> dict:               # min_side (see `open_image`); resize, input_size: [height, width]; squash; mean, std; banner
     "How validation prepares a picture: resize, centre crop, normalise. Warns of transforms it cannot record."
+    from fastai.data.transforms import IntToFloatTensor, Normalize
+    from fastai.vision.augment import AffineCoordTfm, RandomCrop, Resize, ResizeMethod
+    from fd_focus.data.items import CropFlip
+    from fastai.vision.core import ToTensor
     resize = crop = None
     squash, stats, other = True, ([0.] * 3, [1.] * 3), []
     for transform in [*dls.valid.after_item.fs, *dls.valid.after_batch.fs]:
@@ -51,7 +53,7 @@ def preparation(
         if isinstance(transform, Normalize): stats = _numbers(transform.mean), _numbers(transform.std)
         elif isinstance(transform, Resize) and transform.method != ResizeMethod.Pad and resize is None:
             resize, squash = list(transform.size[::-1]), transform.method == ResizeMethod.Squish
-        elif isinstance(transform, RandomCrop) and resize is not None and crop is None:
+        elif isinstance(transform, (RandomCrop, CropFlip)) and resize is not None and crop is None:
             crop = list(transform.size[::-1])
         else: other.append(type(transform).__name__)
     resize = resize or list(image_size)
@@ -80,13 +82,11 @@ def _check_arch(
     arch_kwargs: dict | None = None,
 ) -> None:
     "ValueError where this architecture, up to `cut`, has other layers or weights than `body`, or is unknown."
-    def made(): return build_model(arch, False, **(arch_kwargs or {}))[1]
+    def made(): return create_body(arch, False, cut=cut, **(arch_kwargs or {}))[0]
     with torch.random.fork_rng(devices=[]):                # saving in mid-training changes nothing
         try:
-            with torch.device("meta"): layers = made()     # shapes, no numbers
-        except RuntimeError: layers = made()               # RegNet needs its numbers
-    named = nn.Sequential()
-    for name, layer in cut_layers(layers, cut): named.add_module(name, layer)
+            with torch.device("meta"): named = made()      # shapes, no numbers
+        except RuntimeError: named = made()                # RegNet needs its numbers
     has, should = _shapes(body), _shapes(named)
     for name in should | has:
         if has.get(name) != should.get(name):
@@ -105,75 +105,13 @@ def _origin(net: Method, arch: str | None, cut: int | str | None) -> dict:
     if source is None:
         try:
             if arch is None: raise ValueError("the body was not made by create_body")
-            build_model(arch, False)
+            create_body(arch, False)
         except ValueError as unknown:
             warnings.warn(f"{unknown}. If it is a body of your own, loading the model will need its code: "
                           "load_focus(folder, body=...)", stacklevel=4)
             return made | dict(own_body=True)
     _check_arch(net.body, **made)
     return made
-
-# %% ../../nbs/60_model_folder.ipynb #60_model_folder_029
-def _tensors(net: nn.Module) -> dict[str, Tensor]:
-    "Name -> tensor, the one and only, as in `state_dict`."
-    return {name.replace("_orig_mod.", ""): tensor for name, tensor in net.state_dict(keep_vars=True).items()}
-
-def _weights(net: nn.Module) -> dict[str, Tensor]:
-    "Copies of what a network has learned, on the CPU; a tensor with several names is there once."
-    seen, kept = set(), {}
-    for name, tensor in _tensors(net).items():
-        if id(tensor) not in seen: kept[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        seen.add(id(tensor))
-    return kept
-
-# %% ../../nbs/60_model_folder.ipynb #60_model_folder_050
-def _check_fit(net: Method, shapes: dict[str, tuple]) -> None:
-    "ValueError says which tensors do not fit a network: missing, unknown, or of another shape."
-    own = _tensors(net)
-    filled = {id(own[name]) for name in shapes if name in own}
-    wrong = [f"no {name}" for name, tensor in own.items() if id(tensor) not in filled]
-    wrong += [f"{name} is unknown" for name in shapes if name not in own]
-    for name in [name for name in shapes if name in own and shapes[name] != tuple(own[name].shape)]:
-        there, here = shapes[name], tuple(own[name].shape)
-        if here and there[1:] == here[1:] and here[0] == net.n_classes:
-            raise ValueError(f"tells {there[0]} classes apart, but config.json names {net.n_classes}")
-        wrong.append(f"{name} is {there} instead of {here}")
-    if wrong:
-        raise ValueError(f"does not fit its config.json: {', '.join(wrong[:8])}{' ...' if len(wrong) > 8 else ''}")
-
-# %% ../../nbs/60_model_folder.ipynb #60_model_folder_032
-def _check_numbers(tensors: dict[str, Tensor]) -> None:
-    "ValueError names a tensor that no answer can be computed with."
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all(): raise ValueError(f"has NaN or infinity in {name}")
-        if name.endswith("running_var") and (tensor < 0).any(): raise ValueError(f"has a negative variance in {name}")
-
-def _fill(net: Method, state: dict[str, Tensor]) -> None:
-    "Put weights into a network that they fit. ValueError for those that are no numbers."
-    own = _tensors(net)
-    with torch.no_grad():
-        for name, tensor in state.items(): own[name].copy_(tensor)
-    _check_numbers(own)
-
-# %% ../../nbs/60_model_folder.ipynb #60_model_folder_053
-def _read_shapes(weights: Path) -> dict[str, tuple]:
-    "Name -> shape, of the tensors in a safetensors file. ValueError if it is damaged."
-    try:
-        with safe_open(weights, "pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{weights} is damaged, cut short, or no safetensors file: {error}") from None
-
-# %% ../../nbs/60_model_folder.ipynb #90_export005f
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream: return hashlib.file_digest(stream, "sha256").hexdigest()
-
-def _read_weights(weights: Path, config: dict) -> dict[str, Tensor]:
-    "The tensors of a safetensors file. ValueError if it is not the one the config was written with."
-    if config.get("sha256") not in (None, _sha256(weights)):
-        raise ValueError(f"{weights} is not the file that config.json was written with (its sha256 differs): copy the "
-                         "folder again, or remove sha256 from config.json if you changed the weights")
-    return load_file(weights)
 
 # %% ../../nbs/60_model_folder.ipynb #60_model_folder_008
 def _chooses(net: Method) -> bool:
@@ -189,13 +127,14 @@ def _set_limit(net: Method, limit: float | None, options: dict) -> None:
     net.look_again_below = limit
 
 # %% ../../nbs/60_model_folder.ipynb #60_model_folder_062
-def _last_accuracy(learn: FocusLearner) -> dict:
+def _last_accuracy(learn: "FocusLearner") -> dict:
     "The validation accuracy of the last epoch, where the learner remembers it."
+    from fd_focus.training.learner import history
     try: found = history(learn)["accuracy"].iloc[-1]
     except (AttributeError, KeyError, IndexError, ValueError): return {}      # no fit, or another pass came after it
     return dict(accuracy=float(found)) if math.isfinite(found) else {}
 
-def _measured(learn: FocusLearner, calibration, temperature: float | None, threshold: float | None) -> dict:
+def _measured(learn: "FocusLearner", calibration, temperature: float | None, threshold: float | None) -> dict:
     "metrics, temperature, threshold and evidence. ValueError where two say them."
     if calibration is None: return dict(metrics=_last_accuracy(learn), temperature=temperature, threshold=threshold)
     if (temperature, threshold) != (None, None):
@@ -205,14 +144,6 @@ def _measured(learn: FocusLearner, calibration, temperature: float | None, thres
     return dict(metrics=dict(accuracy=c.right / c.pictures, valid_images=c.pictures), temperature=c.temperature,
                 threshold=c.threshold, evidence=evidence)
 
-# %% ../../nbs/60_model_folder.ipynb #60_model_folder_064
-def _write_weights(weights: dict[str, Tensor], file: Path) -> None:
-    "A safetensors file with the rights of any new file; safetensors alone would make it private."
-    file.touch()
-    rights = file.stat().st_mode
-    save_file(weights, file)
-    file.chmod(rights)
-
 # %% ../../nbs/60_model_folder.ipynb #60_model_folder_057
 @contextmanager
 def _naming(what: str):
@@ -221,8 +152,9 @@ def _naming(what: str):
     except Exception as error: raise ValueError(f"{what} {error or type(error).__name__}") from error
 
 # %% ../../nbs/60_model_folder.ipynb #60_model_folder_066
-def _describe(learn: FocusLearner, arch: str | None, cut: int | str | None) -> dict:
+def _describe(learn: "FocusLearner", arch: str | None, cut: int | str | None) -> dict:
     "What a config says of the network and its pictures."
+    from fd_focus.training.run import versions
     net, dls = bare(learn.model), learn.dls
     config = dict(format="fd_focus", method=method_name(net), **_origin(net, arch, cut),
                   classes=list(map(str, dls.vocab)), image_size=list(net.image_size), options=net.config(),
@@ -234,7 +166,7 @@ def _describe(learn: FocusLearner, arch: str | None, cut: int | str | None) -> d
 
 # %% ../../nbs/60_model_folder.ipynb #90_export005l
 def save_focus(
-    learn: FocusLearner,         # a trained learner
+    learn: "FocusLearner",       # a trained learner
     folder: str | Path,
     arch: str | None = None,     # a name for a body of your own; other bodies know theirs, and it is compared with that
     cut: int | str | None = None,
@@ -289,46 +221,40 @@ def _method(config: dict) -> type[Method]:
     raise ValueError(f"its method {name!r} is none of {', '.join(METHODS)}: import the module that registers it, "
                      "then load again")
 
+def _make_body(config: dict) -> nn.Module:
+    "The body a config describes, with random weights."
+    if config.get("own_body"):
+        raise ValueError(f"{config['arch']} is a body of its author's own: load_focus(folder, body=...)")
+    made = {name: tuple(v) if isinstance(v, list) else v for name, v in config.get("arch_kwargs", {}).items()}
+    return create_body(config["arch"], False, cut=config.get("cut"), **made)[0]
+
 def _build_net(config: dict, body: nn.Module | None) -> Method:
-    "The network a config describes, with random weights. ValueError, TypeError or RuntimeError for one that is wrong."
+    "The network a config describes, with random heads. ValueError, TypeError or RuntimeError for one that is wrong."
     cls, options = _method(config), config["options"]
     _check_options(cls, options)
     if (size := options.get("image_size", config["image_size"])) != config["image_size"]:
         raise ValueError(f"image_size is {config['image_size']}, but {size} among the options")
-    if body is None and config.get("own_body"):
-        raise ValueError(f"{config['arch']} is a body of its author's own: load_focus(folder, body=...)")
-    made = {name: tuple(v) if isinstance(v, list) else v for name, v in config.get("arch_kwargs", {}).items()}
-    if body is None: body = create_body(config["arch"], False, cut=config.get("cut"), **made)[0]
     options = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
-    net = build_method(cls, body, len(config["classes"]), **options)
+    net = build_method(cls, _make_body(config) if body is None else body, len(config["classes"]), **options)
     _set_limit(net, config.get("look_again_below"), config["options"])
     return net
-
-# %% ../../nbs/60_model_folder.ipynb #60_model_folder_055
-class _TooLarge(ValueError): "A config asks for far more than lies beside it."
-
-@contextmanager
-def _at_most(numbers: int, tensors: int = 20_000):
-    "In this thread, ends the building of modules with an error where their tensors hold more numbers in all."
-    me, seen = threading.get_ident(), [0, 0]
-    def count(module, name, tensor):
-        if threading.get_ident() != me: return
-        seen[:] = seen[0] + (0 if tensor is None else tensor.numel()), seen[1] + 1
-        if seen[0] > numbers or seen[1] > tensors: raise _TooLarge("asks for a network far larger than its weights")
-    hooks = [nn_module.register_module_parameter_registration_hook(count),
-             nn_module.register_module_buffer_registration_hook(count)]
-    try: yield
-    finally:
-        for hook in hooks: hook.remove()
 
 # %% ../../nbs/60_model_folder.ipynb #60_model_folder_059
 def _sketch(config: dict, body: nn.Module | None, numbers: int) -> Method:
     "The network of a config, without memory for weights where it can be built so; `numbers`: those that are there."
     with _at_most(10 * numbers + 500_000_000):             # a body may be the first layers of a larger model
         try:
-            with torch.device("meta"): return _build_net(config, body)
+            with torch.device("meta"): made = _make_body(config) if body is None else body
+            with _NoWeights(): return _build_net(config, made)
         except _TooLarge: raise
         except Exception: return _build_net(config, body)      # RegNet needs its numbers; or it says what is wrong
+
+# %% ../../nbs/60_model_folder.ipynb #60_model_folder_001
+def _completed(net: Method, config: dict, body: nn.Module | None) -> Method:
+    "The sketch, or where it lacks something another one that has it."
+    if _lacks(net):
+        with _NoWeights(): net = _build_net(config, body)
+    return _build_net(config, body) if _lacks(net) else net
 
 # %% ../../nbs/60_model_folder.ipynb #90_export015g
 def load_focus(
@@ -343,10 +269,10 @@ def load_focus(
         if not path.is_file(): raise FileNotFoundError(f"no {path.name} in {folder}: is it a model folder?")
     check_config(config := read_json(file), file)
     shapes = _read_shapes(weights)
-    with _naming(f"{file}:"): sketch = _sketch(config, body, sum(map(math.prod, shapes.values())))
-    with _naming(weights): _check_fit(sketch, shapes)      # until here no memory was taken
+    with _naming(f"{file}:"): net = _sketch(config, body, sum(map(math.prod, shapes.values())))
+    with _naming(weights): _check_fit(net, shapes)         # until here no memory was taken
     state = _read_weights(weights, config)
-    with _naming(f"{file}:"): net = _build_net(config, body)
+    with _naming(f"{file}:"): net = _completed(net, config, body)
     with _naming(weights): _fill(net, state)
     net.classes, net.about, net.stats = config["classes"], config, (tuple(config["mean"]), tuple(config["std"]))
     return net.eval()
@@ -360,7 +286,7 @@ def _public(folder: Path, place: Path, pictures: bool) -> None:
         if not file.is_file() or not file.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{file} is no file of this folder, but a link to {file.resolve()}: put the file itself "
                              "there")
-        if name == "regions.png": open_image(file).save(place / name)      # the pixels, and nothing that rides along
+        if name == "regions.png": read_image(file).save(place / name)      # the pixels, and nothing that rides along
         else: shutil.copyfile(file, place / name)
     card = place / "README.md"
     if not pictures and card.is_file(): card.write_bytes(card.read_bytes().replace(_FIGURE.encode(), b""))
