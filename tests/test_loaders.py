@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from fastai.torch_core import set_seed
 from fastai.vision.augment import CropPad, Resize
 from fastai.vision.core import PILImage
 from PIL import Image
 from conftest import photograph, two_classes
 
-from fd_focus.data.items import paper_transforms
+from fd_focus.data.items import CropFlip, paper_transforms
 from fd_focus.data.loaders import FocusDataLoaders
 from fd_focus.data.pictures import DataWarning, ReducedPictures, open_image
 from fd_focus.data.tables import folder_table
@@ -342,3 +344,46 @@ def test_a_picture_one_pixel_wide_has_that_pixel(size):
         resize = round(side * 8 / 7)
         want, _ = prepare(picture, (resize, resize), (side, side), squash=False)
         assert np.array_equal(np.asarray(seen), np.asarray(want))
+
+
+def epoch(dls, workers):
+    "Every batch of a training epoch from the same random state."
+    set_seed(0)
+    dl = dls.train.new(num_workers=workers)
+    dl.rng.seed(0)
+    return [x for x, _ in dl]
+
+
+@pytest.mark.parametrize("kwargs", [dict(), dict(squash=False), dict(crop_scale=.3)],
+                         ids=["paper", "shape kept", "parts"])
+def test_kept_in_memory_training_sees_the_same(folder, kwargs):
+    plain, kept = loaders(folder, **kwargs), loaders(folder, cache="ram", **kwargs)
+    for workers in (0, 2, 0):                     # two processes fill the memory that all of them share
+        for a, b in zip(epoch(plain, workers), epoch(kept, workers), strict=True): assert torch.equal(a, b)
+    assert int(kept.reader.end[0]) > 0 and (kept.reader.known[:, 0] > 0).sum() == len(kept.train_ds)
+    assert np.array_equal(kept.photograph(kept.valid_ds.items[0]), plain.photograph(plain.valid_ds.items[0]))
+
+
+def test_memory_that_is_full_leaves_the_rest_to_the_files(folder):
+    kept = loaders(folder, cache="ram", cache_gb=5e-6)          # one picture of 37x37 pixels
+    for a, b in zip(epoch(loaders(folder), 0), epoch(kept, 0), strict=True): assert torch.equal(a, b)
+    assert 0 < (kept.reader.known[:, 0] > 0).sum() < len(kept.table)
+
+
+def test_a_banner_is_cut_off_once(folder):
+    table = folder_table(folder)
+    table.attrs["banner"] = 3
+    plain, kept = (FocusDataLoaders.from_table(table, folder, image_size=32, bs=4, num_workers=0, cache=cache)
+                   for cache in (None, "ram"))
+    for _ in range(2):
+        for a, b in zip(epoch(plain, 0), epoch(kept, 0), strict=True): assert torch.equal(a, b)
+
+
+def test_crops_of_a_batch_are_its_pictures_own(folder):
+    dls = loaders(folder, image_size=24, resize=64, bs=12)
+    crop = next(t for t in dls.train.after_batch.fs if isinstance(t, CropFlip))
+    epoch(dls, 0)
+    assert len({tuple(at) for at in crop.at.tolist()}) > 6 and 0 < crop.flip.sum() < 12
+    assert crop.at.min() >= 0 and crop.at.max() <= 40
+    dls.valid.one_batch()
+    assert (crop.at == 20).all() and not crop.flip.any()

@@ -26,8 +26,8 @@ from PIL import Image
 from torch import Tensor
 
 from .benchmarks import aircraft_folder, aircraft_table, cars_folder, cars_table, cub_folder, cub_table
-from .items import (BalancedDL, FitResize, LabelReader, SeededDL, ToyReader, find_item, item_reader,
-                                 paper_transforms, target_side)
+from .items import (BalancedDL, FitResize, LabelReader, SeededDL, ToyReader, batch_transforms, find_item,
+                                 item_reader, target_side)
 from .pictures import (DataWarning, check_images, duplicate_images, open_image,
                                     upright_size)
 from .tables import check_apart, check_table, csv_table, folder_table, put_aside, sound_table
@@ -151,7 +151,7 @@ def from_table(cls: FocusDataLoaders,
     table, doubled, twice = _without_doubles(table, path, prints, on_duplicate)
     table = table.reset_index(drop=True)
     check_table(table, classes)
-    if own: item_tfms = paper_transforms(image_size, resize, squash, crop_scale)
+    if own: item_tfms, batch_tfms = batch_transforms(image_size, resize, squash, crop_scale, batch_tfms)
     reader = item_reader(path, item_tfms, cache, cache_gb, table)
     block = DataBlock((ImageBlock, CategoryBlock(vocab=sorted(table.label.unique()))), get_y=LabelReader(table),
                       get_x=reader, item_tfms=item_tfms,
