@@ -266,14 +266,14 @@ def fd_focus_export(
 @command
 def fd_focus_bench(
     out: str = None,          # JSON file of the results
-    only: str = None,         # sections, with commas: naive,prediction,step,growth,options,reading,epoch
+    only: str = None,         # sections, with commas: step,answers,epoch,files,reading,options
     quick: bool = False,      # a small network: shows that it works, not how fast it is
     device: str = None,       # cpu or cuda; not given: the GPU where there is one
-    repeats: int = None,      # of the whole step and of prediction; 3
+    repeats: int = None,      # of steps and answers; 3
     threads: int = None,      # of PyTorch on a CPU
-    data: str = None,         # a folder of photographs: measure an epoch on them too
+    data: str = None,         # a folder of JPEG files to train from; not given: made-up ones
 ):
-    "Measure speed and memory: stages, step and prediction against their floors, plain loops, growth, options, epoch."
+    "Measure speed and memory: steps and answers against their floors, epochs and JPEG files against a bare loop."
     prepare()
     from fd_focus.evidence.bench import bench, report
     sections = only.split(",") if only else None
