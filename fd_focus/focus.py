@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .attention import attention_map
-from .bodies import feature_shape
+from .bodies import feature_shape, nearest_size
 from .methods import MAX_PIXELS, Look, Method, mean_of_heads
 from .regions import _pair, propose_from_table, region_grid, suppression_table
 from .zoom import first_view, scale_boxes, zoom
@@ -26,10 +26,15 @@ def _check_cost(cells: int, l: int, zoom_size: tuple[int, int]):
     "ValueError for sizes that take gigabytes: the table of which region suppresses which has cells x cells places."
     if cells > 3600:
         raise ValueError(f"the body's map has {cells} cells, and 3600 is the most; use a smaller image_size, or a body "
-                         "that ends later")
+                         "of larger cells: one that ends later, or has larger patches")
     if l * math.prod(zoom_size) > 2 * MAX_PIXELS:
         raise ValueError(f"l={l} regions of zoom_size={zoom_size} have more than {2 * MAX_PIXELS / 1e6:.0f} million "
                          "pixels; use a smaller zoom_size or l")
+
+def _smoothing(map_size: tuple[int, int]) -> float:
+    "Width of the smoothing in cells: one, and on maps of more than 20 cells a side 1/14 of it, 32 pixels of 448."
+    side = math.sqrt(math.prod(map_size))
+    return side / 14 if side > 20 else 1.
 
 def _one_of(name, value, choices):
     if value not in choices: raise ValueError(f"{name}={value!r} is none of {choices}")
@@ -51,7 +56,7 @@ class FocusNet(Method):
         m: int = 6,                       # regions in training
         l: int = 4,                       # regions in the answer, l <= m
         iou_threshold: float = 0.25,      # of non-maximum suppression
-        sigma: float = 1.0,               # smoothing of the attention map, in its cells
+        sigma: float | None = None,       # smoothing of the attention map, in its cells; None: 1, see `_smoothing`
         attention: str = "max",           # 'max' over all classes' CAMs (Eq. 2), or a 'single' class's
         hybrid: bool = True,              # False: no hybrid head, the image head answers (an ablation of the paper)
         fusion: str = "concat",           # of the l regions' features: 'concat' (the paper), or their 'mean'
@@ -64,13 +69,15 @@ class FocusNet(Method):
         if not 0 <= l <= m: raise ValueError(f"l={l} regions are to be used of m={m}; l must be from 0 to m")
         if m > (cells := self.map_size[0] * self.map_size[1]):
             raise ValueError(f"m={m} regions, but the body's map has only {cells} cells")
-        self.m, self.l, self.iou_threshold, self.sigma, self.hybrid = m, l, iou_threshold, sigma, hybrid
+        self.m, self.l, self.iou_threshold, self.hybrid = m, l, iou_threshold, hybrid
+        self.sigma = _smoothing(self.map_size) if sigma is None else sigma
         self.attention = _one_of("attention", attention, ("max", "single"))
         self.fusion = _one_of("fusion", fusion, ("concat", "mean"))
         self.crop_norm = _one_of("crop_norm", crop_norm, ("batch", "separate"))
         self.answer, self.look_again_below = _one_of("answer", answer, ANSWERS), look_again_below
         self.region_size = _share_of(self.image_size, 5 / 14, 2) if region_size is None else _pair(region_size)
-        self.zoom_size = _share_of(self.image_size, 1 / 2) if zoom_size is None else _pair(zoom_size)
+        half = _share_of(self.image_size, 1 / 2)
+        self.zoom_size = nearest_size(body, half) if zoom_size is None else _pair(zoom_size)
         _check_cost(cells, l, self.zoom_size)
         grid = region_grid(self.image_size, self.map_size, self.region_size)    # raises where regions are too large
         feature_shape(body, self.zoom_size)                                     # raises where crops are too small

@@ -64,8 +64,8 @@ def suppression_table(
     iou_threshold: float = 0.25, # boxes that overlap more than this suppress each other
 ) -> Tensor:                     # (N,N) bool: row i holds what box i suppresses
     "Which box suppresses which, itself included. IoU is float32, the threshold double, as in `torchvision.ops.nms`."
-    itself = torch.eye(len(boxes), dtype=torch.bool, device=boxes.device)
-    return (box_iou(boxes, boxes).double() > iou_threshold) | itself
+    rows = [box_iou(some, boxes).double() > iou_threshold for some in boxes.split(256)]
+    return torch.cat(rows).fill_diagonal_(True)
 
 # %% ../nbs/12_regions.ipynb #20_regions014b
 def _greedy(scores: Tensor, table: Tensor, m: int) -> Tensor:

@@ -118,7 +118,8 @@ _SIZE, _LARGER = _sizes(MAX_PIXELS), _sizes(4 * MAX_PIXELS)    # of the network;
 # %% ../../nbs/59_config.ipynb #59_config_016
 _CHECKS = dict(    # name: is it right, what is expected
     method=(lambda v: isinstance(v, str), "the name of a method"),
-    arch=(lambda v: isinstance(v, str) and 0 < len(v) < 200, "the name of an architecture"),
+    arch=(lambda v: isinstance(v, str) and 0 < len(v) < 200 and not {*v} & {*":/"}, "the name of an architecture, "
+          "no address"),
     cut=(lambda v: v is None or type(v) in (int, str), "a number of layers, the name of one, or null"),
     arch_kwargs=(_arguments, "a table of arguments for the architecture; none may name a file of weights, or be above "
                              "8192"),
