@@ -197,3 +197,16 @@ def test_singular_values_are_clipped_between_epochs_alone(monkeypatch):
     for stream in (learn.model.class_stream, learn.model.part_stream):
         values = torch.linalg.svdvals(stream[-1].weight.detach())
         assert values.min() > 1 / 1.5 - 1e-5 and values.max() < 1.5 + 1e-5
+
+
+def test_certainty_is_never_more_than_one():
+    "Sums of many regions are rounded, and binary cross entropy takes nothing above 1."
+    generator = torch.Generator().manual_seed(0)
+    for regions in (17, 49, 196):
+        says = torch.full((64, regions, 6), -60.).index_fill(2, torch.tensor([2]), 60.)
+        parts = torch.randn(64, regions, 4, generator=generator)
+        p = part_detection_probability(says, parts)
+        assert p.max() <= 1 and p[:, 2].min() > 1 - 1e-5
+        unbounded = (says.softmax(2)[..., :-1] * parts.softmax(2)[..., :-1].softmax(1).mean(2, keepdim=True)).sum(1)
+        if (unbounded > 1).any(): return
+    raise AssertionError("no sum was rounded up: the test shows nothing")

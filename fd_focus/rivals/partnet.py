@@ -34,7 +34,7 @@ def part_detection_probability(
                          f"{tuple(part_logits.shape)}")
     says = class_logits.float().softmax(2)[..., :-1]                      # (B,R,C)
     weights = part_logits.float().softmax(2)[..., :-1].softmax(1)         # (B,R,P)
-    return (says * weights.mean(2, keepdim=True)).sum(1)
+    return (says * weights.mean(2, keepdim=True)).sum(1).clamp(max=1)     # a certain sum may be rounded up
 
 # %% ../../nbs/43_partnet.ipynb #43_partnet_015
 @torch.no_grad()
