@@ -12,6 +12,7 @@ from fd_focus.focus import FocusNet
 from fd_focus.methods import METHODS, PlainNet, build_method
 from fd_focus.regions import draw_regions
 from fd_focus.tokens import TokenMaps, read_hub
+from fd_focus.training.layers import body_layers, layer_rates, layers_and_heads
 from fd_focus.training.learner import focus_learner
 from fd_focus.use.model_folder import load_focus, save_focus
 
@@ -135,6 +136,27 @@ def test_a_late_normalisation_comes_before_the_maps():
     assert body.late_norm
     with torch.no_grad(): maps = body(10 * torch.rand(1, 3, 56, 56))
     torch.testing.assert_close(maps.std(1, correction=0), torch.ones(1, 4, 4), rtol=1e-3, atol=0)
+
+
+@each_family
+def test_every_layer_is_in_one_group(family):
+    "For a learning rate of its own: all parameters once, in several layers, the stem in the first."
+    arch, kwargs, *_ = FAMILIES[family]
+    with torch.device("meta"): body = create_body(arch, False, **kwargs)[0]
+    layers = body_layers(body)
+    assert len(layers) > 2 and all(layers)
+    assert sorted(id(p) for layer in layers for p in layer) == sorted(map(id, body.parameters()))
+    assert any(p is next(body.parameters()) for p in layers[0])
+
+
+def test_several_bodies_and_wrappers_are_grouped_too():
+    "Bodies that share their parameters, and one that is compiled; the heads are the last group."
+    body, _ = create_body("toy_resnet", False)
+    net = FocusNet(body, 3, 96, crop_norm="separate")
+    groups = layers_and_heads(net)
+    assert [len(group) for group in groups] == [3, 6, 9, 9, 6]
+    assert sorted(id(p) for group in groups for p in group) == sorted(map(id, net.parameters()))
+    with pytest.raises(ValueError, match="decay=0; use 1 for none, or less"): layer_rates(3, .1, decay=0)
 
 
 # Sizes
