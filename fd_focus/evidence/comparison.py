@@ -184,6 +184,7 @@ def summarise(
     _check_asked(kept, head, measure)
     _check_pictures(folder, kept)
     of = lambda data, variant, seeds: _measured([kept[data, variant, seed] for seed in seeds], head, measure)
+    sizes = ["parameters"] if "parameters" in rows else []          # older rows do not know it
     for (data, variant), group in rows.groupby(["data", "variant"], sort=False):
         if variants and variant not in variants: continue
         by_seed = pd.Series(of(data, variant, group.seed).mean(1))
@@ -194,7 +195,8 @@ def summarise(
             line |= dict(zip(("gain", "low", "high"), paired_difference(*pair), strict=True))
         lines.append(line | dict(seconds=group.seconds.mean(), images_per_second=group.images_per_second.mean(),
                                  giga_multiply_adds=group.multiply_adds.mean() / 1e9,
-                                 predict_ms=1000 * group.predict_seconds.mean()))
+                                 predict_ms=1000 * group.predict_seconds.mean())
+                     | {f"mega_{name}": group[name].mean() / 1e6 for name in sizes})
     return pd.DataFrame(lines)
 
 # %% ../../nbs/50_comparison.ipynb #75_experiment025

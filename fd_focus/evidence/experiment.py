@@ -153,7 +153,7 @@ def _row(learn: Learner, table: pd.DataFrame, summary: dict, said: dict) -> dict
     return {name: value for name, value in summary.items() if name.endswith("accuracy")} | again | dict(
         accuracy=float((said["answer"].argmax(1) == said["target"]).mean()), epochs=summary["epochs_trained"],
         seconds=summary["seconds"], images_per_second=summary["images_per_second"],
-        predict_seconds=round(answering_time(learn), 5), multiply_adds=round(cost),
+        predict_seconds=round(answering_time(learn), 5), multiply_adds=round(cost), parameters=summary["parameters"],
         train_loss=float(table.train_loss.iloc[-1]), versions=json.dumps(summary["versions"]))
 
 def _one_run(run: PlannedRun, trained: dict | None = None) -> tuple[dict, dict | None]:
