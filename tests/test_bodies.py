@@ -275,7 +275,7 @@ def test_a_model_of_the_hub(monkeypatch, tmp_path):
     assert isinstance(load_focus(folder).body, TokenMaps)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | dict(arch="timm/vit")))
-    with pytest.raises(ValueError, match="arch is 'timm/vit', but should be .* no address"): load_focus(folder)
+    with pytest.raises(ValueError, match="arch='timm/vit' is no model .* but an address"): load_focus(folder)
 
 
 def test_without_the_hub(monkeypatch):

@@ -15,6 +15,7 @@ import shutil
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import yaml
 
@@ -118,8 +119,7 @@ _SIZE, _LARGER = _sizes(MAX_PIXELS), _sizes(4 * MAX_PIXELS)    # of the network;
 # %% ../../nbs/59_config.ipynb #59_config_016
 _CHECKS = dict(    # name: is it right, what is expected
     method=(lambda v: isinstance(v, str), "the name of a method"),
-    arch=(lambda v: isinstance(v, str) and 0 < len(v) < 200 and not {*v} & {*":/"}, "the name of an architecture, "
-          "no address"),
+    arch=(lambda v: isinstance(v, str) and 0 < len(v) < 200, "the name of an architecture"),
     cut=(lambda v: v is None or type(v) in (int, str), "a number of layers, the name of one, or null"),
     arch_kwargs=(_arguments, "a table of arguments for the architecture; none may name a file of weights, or be above "
                              "8192"),
@@ -162,8 +162,9 @@ def _check_options(cls: type[Method], options: dict) -> None:
         raise ValueError(f"uses {', '.join(sorted(unknown))}, which this version does not know: "
                          "install a newer fd_focus")
     for name, value in options.items():
-        default = inspect.signature(cls.__init__).parameters[name].default
-        kinds = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}.get(type(default))
+        option = inspect.signature(cls.__init__).parameters[name]
+        kind = type(option.default) if option.default is not None else next(iter(get_args(option.annotation)), None)
+        kinds = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}.get(kind)
         if name.endswith("_size"): good, wanted = value is None or _size(value), _SIZE[1]
         elif kinds: good, wanted = value is None or type(value) in kinds, " or ".join(kind.__name__ for kind in kinds)
         else: good, wanted = True, ""

@@ -225,6 +225,8 @@ def _make_body(config: dict) -> nn.Module:
     "The body a config describes, with random weights."
     if config.get("own_body"):
         raise ValueError(f"{config['arch']} is a body of its author's own: load_focus(folder, body=...)")
+    if {*":/"} & {*config["arch"]}:                        # of the hub, say: a model folder asks nobody else
+        raise ValueError(f"arch={config['arch']!r} is no model of torchvision or timm, but an address")
     made = {name: tuple(v) if isinstance(v, list) else v for name, v in config.get("arch_kwargs", {}).items()}
     return create_body(config["arch"], False, cut=config.get("cut"), **made)[0]
 
