@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
-from torchvision.ops import box_iou
 
 from ..bodies import feature_shape
 from ..methods import MAX_PIXELS, Look, Method, loss_terms
-from ..regions import _pair, propose_from_table
+from ..regions import _pair, propose_from_table, suppression_table
 from ..zoom import first_view, scale_boxes
 
 # %% ../../nbs/41_nts.ipynb #41_nts_010
@@ -129,11 +128,6 @@ def _check_navigator(map_size: tuple[int, int], m: int, l: int, zoom_size: tuple
         raise ValueError(f"m={m} regions of zoom_size={zoom_size} have more than {2 * MAX_PIXELS / 1e6:.0f} million "
                          "pixels; use a smaller zoom_size or m")
 
-def _suppression(anchors: Tensor, iou_threshold: float) -> Tensor:
-    "`suppression_table`, some rows at a time: 6,321 anchors of a 28x28 map would take a gigabyte meanwhile."
-    rows = [box_iou(some, anchors).double() > iou_threshold for some in anchors.split(512)]
-    return torch.cat(rows).fill_diagonal_(True)
-
 # %% ../../nbs/41_nts.ipynb #41_nts_052
 class NavigatorNet(Method):
     "NTS-Net: a navigator proposes regions, a teacher (region head) ranks them, a scrutinizer (hybrid head) answers."
@@ -165,7 +159,7 @@ class NavigatorNet(Method):
         self.hybrid_head = nn.Linear(n * (1 + l), n_classes)
         anchors = anchor_boxes(self.image_size, self.map_size)
         self.register_buffer("anchors", anchors, persistent=False)                                  # (N,4)
-        self.register_buffer("suppresses", _suppression(anchors, iou_threshold), persistent=False)  # (N,N)
+        self.register_buffer("suppresses", suppression_table(anchors, iou_threshold), persistent=False)  # (N,N)
 
 # %% ../../nbs/41_nts.ipynb #41_nts_054
 @patch
