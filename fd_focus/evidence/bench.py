@@ -20,7 +20,7 @@ import torch
 
 from .epochs import bench_epoch, bench_files, bench_reading
 from .timing import bench_answers, bench_step, fused_adam, half, machine, make_net, measured, middle
-from .timing import ratio, training_step
+from .timing import ratio, take_turns, training_step
 from ..training.machine import alone, keep_memory, put
 from ..training.speed import CheckpointBody
 
@@ -61,16 +61,17 @@ def bench_options(
     bodies=(("resnet50", 448, 16), ("resnet18", 224, 64)),     # arch, image size, batch
     options=OPTIONS, repeats=3, device="cpu",
 ) -> dict:
-    "One row for each body and option: seconds, gain (default's time ÷ the option's), peak memory."
+    "A row for each body and option: seconds, gain (default's time ÷ the option's), peak memory, the first step's time."
     rows = []
     for arch, image_size, batch in bodies:
         works = {option: option_step(arch, image_size, batch, option, device=device) for option in options}
+        first = {option: seconds for option, (seconds,) in take_turns(works, 1, 0, device).items()}
         times, memory = measured(works, repeats, device)
         for option in options:
             gain = {k: round(v, 2) for k, v in ratio(times["default"], times[option]).items() if k != "n"}
             rows.append(dict(body=f"{arch}, {image_size} px, {batch}", option=option,
                              seconds=round(middle(times[option])["median"], 4), gain=gain["median"], low=gain["low"],
-                             high=gain["high"], memory_mb=memory[option]))
+                             high=gain["high"], memory_mb=memory[option], first_s=round(first[option], 2)))
     return dict(rows=rows, device=device)
 
 # %% ../../nbs/56_bench.ipynb #85_bench027
@@ -79,7 +80,7 @@ SECTIONS = dict(step=bench_steps, answers=bench_answers, epoch=bench_epoch, file
 _SMALL = dict(arch="toy_resnet", image_size=96)
 SIZES = dict(       # what is not said here is a GPU's
     cuda=dict(answers=dict(batch=100)),
-    cpu=dict(step=dict(batches=(4,)), epoch=dict(arch="toy_resnet", image_size=96, bs=32, batches=12),
+    cpu=dict(step=dict(batches=(4,)), epoch=dict(arch="toy_resnet", image_size=96, bs=32, batches=8),
              files=dict(arch="resnet18", image_size=224, bs=16, pictures=48),
              options=dict(bodies=(("toy_resnet", 96, 32), ("resnet18", 224, 4)), options=OPTIONS[:-1])),
     quick=dict(step=_SMALL | dict(batches=(8,), n_classes=12), answers=_SMALL | dict(n_classes=12),
