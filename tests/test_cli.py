@@ -21,7 +21,7 @@ from fd_focus.training.settings import Settings
 from fd_focus.use import cli
 from fd_focus.use.cli import fd_focus_train
 from fd_focus.use.commands import command as command_of
-from fd_focus.use.model_folder import load_focus
+from fd_focus.use.model_folder import load_focus, save_focus
 
 BIN = Path(sys.executable).parent
 TINY = ["--arch", "toy_resnet", "--image_size", "64", "--epochs", "1", "--bs", "4"]
@@ -54,6 +54,27 @@ def folder(tmp_path_factory):
 
 
 COMMANDS = ["fd_focus_" + name for name in "train compare experiment predict evaluate export bench app".split()]
+
+
+def test_asking_a_model_needs_no_fastai(folder, tmp_path):
+    "Predict, judge and export import none of it, nor what only drawing needs."
+    torch.manual_seed(0)
+    settings = Settings(data=str(folder), arch="toy_resnet", image_size=64, bs=4, epochs=1, workers=0)
+    model = save_focus(make_learner(settings), tmp_path / "model")
+    code = (
+        "import sys\n"
+        "from fd_focus.use.cli import fd_focus_evaluate, fd_focus_export, fd_focus_predict\n"
+        "model, data, out = sys.argv[1:]\n"
+        "fd_focus_predict(model=model, paths=[data], device='cpu')\n"
+        "assert not {'fastai', 'matplotlib', 'scipy', 'timm'} & set(sys.modules), sorted(sys.modules)\n"
+        "fd_focus_evaluate(model=model, folder=data, device='cpu')\n"
+        "fd_focus_export(model=model, format='torch-export', out=out)\n"
+        "assert 'fastai' not in sys.modules\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code, model, folder, tmp_path / "model.pt2"], capture_output=True,
+                         text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("file,label,") and (tmp_path / "model.pt2").is_file()
 
 
 @pytest.mark.parametrize("name", COMMANDS)

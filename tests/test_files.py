@@ -226,6 +226,31 @@ def test_what_is_left_of_a_stream_ends_with_it(classifier, photos):
     assert len(taken) <= 6 and threading.active_count() <= before
 
 
+def test_the_network_works_while_answers_are_used(classifier, photos, monkeypatch):
+    second, answers, asked = threading.Event(), classifier._answers, []
+    def watched(prepared):
+        asked.append(len(prepared))
+        if len(asked) == 2: second.set()
+        return answers(prepared)
+    monkeypatch.setattr(classifier, "_answers", watched)
+    for n, _ in enumerate(classifier.stream([photos / "0.png"] * 6, bs=2)):
+        if n == 0: assert second.wait(60), "the second batch waits until the first one has been used"
+    assert asked == [2, 2, 2]
+
+
+def test_what_goes_wrong_in_the_network_comes_in_its_place(classifier, photos, monkeypatch):
+    answers, asked, found = classifier._answers, [], []
+    def tired(prepared):
+        asked.append(len(prepared))
+        if len(asked) == 2: raise RuntimeError("out of memory")
+        return answers(prepared)
+    monkeypatch.setattr(classifier, "_answers", tired)
+    before = threading.active_count()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        for source, _ in classifier.stream([photos / f"{i}.png" for i in range(6)], bs=2): found.append(source.name)
+    assert found == ["0.png", "1.png"] and len(asked) == 2 and threading.active_count() <= before + 1
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with a name here")
 def test_what_is_no_regular_file_is_an_error(model, photos):
     os.mkfifo("photos/a.jpg")
@@ -280,6 +305,8 @@ def test_an_answer_of_nan_is_an_error(damaged, model, photos, kind):
     classifier = FocusClassifier.load(model, "cpu")
     for asked in (photos / "0.png", [photos / "0.png"]):
         with pytest.raises(ValueError, match="the model's answer is no number"): classifier.predict(asked)
+    said = str(predict_files(classifier, map(str, photos.iterdir()), Rows(io.StringIO(), kind, 3, 4)))
+    assert said.endswith("the model folder is broken, and no picture is to blame")
 
 
 def test_one_answer_of_nan_costs_no_other(model, photos, monkeypatch):
@@ -294,6 +321,7 @@ def test_one_answer_of_nan_costs_no_other(model, photos, monkeypatch):
     tally = predict_files(classifier, sorted(photos.glob("*.png")), Rows(text, "jsonl", 3, classifier.pipeline.n_boxes))
     rows = list(map(strict, text.getvalue().splitlines()))
     assert ["error" in row for row in rows] == [False, True, True, False, False, False] and tally.failed == 2
+    assert "broken" not in str(tally)
     assert set(rows[3]["scores"]) == {None}
 
 

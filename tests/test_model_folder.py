@@ -408,6 +408,41 @@ def test_a_network_is_sketched_without_memory(dls, saved):
     with pytest.raises(ValueError, match="far larger than its weights"), _at_most(1000): nn.Linear(100, 100)
 
 
+class Tabled(Method):
+    "Keeps a table that no file holds, and a tensor that is no buffer, from memory that it asks for itself."
+    def __init__(self, body, n_classes, image_size=448):
+        super().__init__(body, n_classes, image_size)
+        self.head = nn.Linear(self.n_features, n_classes)
+        self.register_buffer("table", torch.arange(1., n_classes + 1), persistent=False)
+        self.scale = [torch.empty(1).fill_(2.)]
+    def forward(self, x, target=None):
+        logits = self.head(self.body(x).mean((2, 3))) * self.table * self.scale[0]
+        return dict(image=logits) if self.training else logits
+
+
+def test_what_no_file_holds_is_computed(dls, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS.places, "tabled", Tabled)
+    learn, x = learner(dls, method="tabled"), torch.rand(2, 3, 64, 64)
+    net = load_focus(save_focus(learn, tmp_path / "model"))
+    assert net.table.tolist() == [1, 2, 3] and net.scale[0].tolist() == [2]
+    with torch.no_grad(): assert torch.equal(net(x), learn.model.eval()(x))
+
+
+def test_loading_draws_no_random_numbers_and_can_go_on_learning(saved):
+    before = torch.get_rng_state()
+    net = load_focus(saved)
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(p.is_leaf and p.requires_grad and type(p) is nn.Parameter for p in net.parameters())
+    net.train()(torch.rand(2, 3, 64, 64))["image"].sum().backward()
+    assert net.body.conv1.weight.grad is not None and not any(b.requires_grad for b in net.buffers())
+
+
+def test_what_is_loaded_does_not_hang_on_its_file(saved, tmp_path):
+    net, want = load_focus(folder := shutil.copytree(saved, tmp_path / "model")), load_focus(saved).state_dict()
+    with open(folder / "model.safetensors", "rb+") as file: file.write(b"\0" * 10_000_000)
+    assert all(torch.equal(tensor, want[name]) for name, tensor in net.state_dict().items())
+
+
 @pytest.mark.parametrize("arch", ["regnet_y_400mf", "swin_t", "googlenet"])
 def test_architectures_that_need_numbers_load_too(dls, tmp_path, arch):
     learn, x = learner(dls, arch=arch, method="plain"), torch.rand(2, 3, 64, 64)

@@ -28,6 +28,7 @@ from fd_focus.methods import METHODS, Look, Method, register
 from fd_focus.training.learner import focus_learner
 from fd_focus.use.answer import explain
 from fd_focus.use.files import Rows, find_pictures, predict_files
+from fd_focus.use.pipeline import FocusPipeline
 from fd_focus.use.predict import FocusClassifier, Prediction, draw_prediction, open_any, prepare
 from fd_focus.toy import ToyBirds
 
@@ -432,6 +433,27 @@ def test_stream_holds_little(model):
     for _, found in classifier.stream(pictures(), bs=4):
         assert isinstance(found, Prediction); n += 1
     assert n == 200 and most[0] <= 20, most
+
+
+def test_bf16_gives_nearly_the_same(model, birds):
+    files = sorted(birds.rglob("*.jpg"))
+    full, half = (FocusClassifier.load(model, "cpu", amp=amp).predict(files) for amp in ("auto", "bf16"))
+    assert all(one.probabilities.dtype == one.boxes.dtype == torch.float32 for one in half)
+    gaps = [float((a.probabilities - b.probabilities).abs().max()) for a, b in zip(full, half)]
+    assert 0 < max(gaps) < .05                                              # it did compute with 8 bits of mantissa
+    assert sum(a.label == b.label for a, b in zip(full, half)) >= len(files) - 3
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"random_regions", "mixed_regions"}))
+def test_every_method_answers_in_bf16_and_says_what_it_shows(name):
+    torch.manual_seed(0)
+    net = METHODS[name].from_arch("toy_resnet", 3, pretrained=False, image_size=64).eval()
+    pipeline = FocusPipeline(net)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16): found = pipeline(torch.rand(2, 3, 64, 64))
+    assert len(found) == len(pipeline.outputs) and found[0].dtype == torch.float32
+    assert torch.allclose(found[0].sum(1), torch.ones(2), atol=1e-3)
+    boxes = dict(zip(pipeline.outputs, found)).get("boxes")
+    assert pipeline.n_boxes == (0 if boxes is None else boxes.shape[1])
 
 
 def test_drawing(model, birds):

@@ -124,8 +124,9 @@ def fd_focus_predict(
     csv_safe: bool = False,   # CSV: an apostrophe before names that a spreadsheet would compute (= + - @)
     banner: bool = False,     # the pictures have the banner (FGVC-Aircraft) that training cut off: cut it off here too
     bs: int = 16,             # pictures a batch; fewer where no more come for a moment
-    workers: int = 2,         # threads that open pictures
+    workers: int = None,      # threads that open pictures; not given: one a core, 2 to 8
     device: str = None,       # cpu, cuda, cuda:1, ...; not given: a GPU where there is one
+    amp: str = "auto",        # precision: fp32 or bf16; auto: bf16 on a GPU that has it
     rank: int = None,         # of several processes, each takes its share of the pictures: which one this is (or RANK)
     world: int = None,        # how many processes there are (or WORLD_SIZE); --out then gets .rank0, .rank1, ...
 ):
@@ -148,7 +149,7 @@ def fd_focus_predict(
     if resume and kind == "text": raise ValueError("--resume reads what it has written: use --format csv or jsonl")
     check_batches(bs, workers)
     files = find_pictures(paths, listed(sys.stdin) if "-" in paths else (), me, processes, drawings)
-    classifier = FocusClassifier.load(model, _device(device), banner=banner)
+    classifier = FocusClassifier.load(model, _device(device), banner=banner, amp=amp)
     _say_banner(classifier)
     header, clean = bool(file) or me == 0, _cleaner(not file, csv_safe)
     tally = _write_rows(classifier, files, file, kind, header, resume, clean, regions=drawings, bs=bs, workers=workers)
@@ -182,8 +183,9 @@ def fd_focus_evaluate(
     seen: bool = False,       # judge by pictures too that the model was trained on, or that chose its settings
     banner: bool = False,     # the pictures have the banner (FGVC-Aircraft) that training cut off: cut it off here too
     bs: int = 16,             # pictures a batch
-    workers: int = 2,         # threads that open pictures
+    workers: int = None,      # threads that open pictures; not given: one a core, 2 to 8
     device: str = None,       # cpu, cuda, cuda:1, ...; not given: a GPU where there is one
+    amp: str = "auto",        # precision: fp32 or bf16; auto: bf16 on a GPU that has it
 ):
     "Judge a model on labelled pictures: accuracy, how often sure and right, cost of an answer, confusions."
     _check_model(model)
@@ -193,7 +195,7 @@ def fd_focus_evaluate(
     if out:
         _keep_inputs(Path(out), [Path(folder) / "split.csv"])
         Path(out).parent.mkdir(parents=True, exist_ok=True)      # what cannot be made is known before the work
-    classifier = FocusClassifier.load(model, device, banner=banner)
+    classifier = FocusClassifier.load(model, device, banner=banner, amp=amp)
     _say_banner(classifier)
     pictures = labelled_pictures(folder, classifier.classes, split)
     if not seen: pictures = _unseen(pictures, model)
@@ -275,6 +277,7 @@ def fd_focus_bench(
 ):
     "Measure speed and memory: steps and answers against their floors, epochs and JPEG files against a bare loop."
     prepare()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")     # the profiler warns of memory it did not see allocated
     from fd_focus.evidence.bench import bench, report
     sections = only.split(",") if only else None
     print(report(bench(out, sections, quick, device, repeats, threads, data, say=lambda line: print(line, flush=True))))

@@ -212,8 +212,8 @@ def prepare() -> None:
     warnings.formatwarning = _warning
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)          # but not what the data has to say
-    import matplotlib
-    matplotlib.use("agg")
+    os.environ["MPLBACKEND"] = "agg"         # for matplotlib, once it is imported
+    if "matplotlib" in sys.modules: sys.modules["matplotlib"].use("agg")
     from fd_focus.training.machine import keep_memory
     keep_memory()                # a fifth of a CPU's time went into clearing new pages
 

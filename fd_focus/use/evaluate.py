@@ -111,7 +111,7 @@ class Evaluation:
         return "\n".join(lines)
 
 # %% ../../nbs/63_evaluate.ipynb #93_evaluate008c
-def _rows(classifier: FocusClassifier, pictures: pd.DataFrame, bs: int, workers: int) -> tuple:
+def _rows(classifier: FocusClassifier, pictures: pd.DataFrame, bs: int, workers: int | None) -> tuple:
     "A row a picture, and the probabilities (N,C) of those that were answered. ValueError if none was."
     rows, answered = [], []
     for (file, found), label in zip(classifier.stream(pictures.file, bs, workers), pictures.label):
@@ -140,7 +140,7 @@ def _costs(
 def evaluate(
     classifier: FocusClassifier,
     pictures: pd.DataFrame,     # columns file, label, from `labelled_pictures`
-    bs: int = 16, workers: int = 2,   # see `FocusClassifier.stream`
+    bs: int = 16, workers: int | None = None,   # see `FocusClassifier.stream`
 ) -> Evaluation:
     "Answer every picture as in use, and count. ValueError if none could be answered."
     pictures = pictures.assign(label=_as_known(pictures.label, set(classifier.classes), "the table"))

@@ -27,7 +27,7 @@ from ..regions import _pair
 from ..toy import ToyBirds
 from ..training.machine import put, put_bytes
 from .config import write_json
-from .predict import FocusPipeline
+from .pipeline import FocusPipeline
 
 # %% ../../nbs/64_export.ipynb #90_export031
 @contextlib.contextmanager

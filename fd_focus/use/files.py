@@ -31,8 +31,7 @@ from ..data.names import visible
 from ..data.pictures import FORMATS, DataWarning, is_picture
 from ..data.tables import is_hidden
 from ..training.machine import put, put_bytes
-from .answer import explain    # noqa: F401 -- gives a Prediction `explained`
-from .predict import FocusClassifier, Prediction
+from .predict import FocusClassifier, NoAnswer, Prediction
 
 # %% ../../nbs/63_files.ipynb #92_predict061x
 def _folder(path: str, regions: Path | None, left: Counter) -> Iterator[str]:
@@ -290,10 +289,12 @@ class Tally:
     before: int = 0                   # answered by an earlier run, and not asked again
     sure: int | None = None           # of the answered; None: the model has no threshold
     seconds: float | None = None      # from the first picture to the last
+    no_number: int = 0                # answered with NaN
 
     def add(self, found: Prediction | Exception, error: Exception | None):
         "One more picture, and what went wrong with it."
         self.pictures, self.failed = self.pictures + 1, self.failed + (error is not None)
+        self.no_number += isinstance(found, NoAnswer)
         if isinstance(found, Exception): return
         self.answered += 1
         if found.looked_again is not None: self.looked_again = (self.looked_again or 0) + found.looked_again
@@ -308,6 +309,8 @@ class Tally:
         for number, what in ((self.sure, "sure"), (self.looked_again, "looked again")):
             if number is not None: parts.append(f"{number} {what} ({100 * number / self.answered:.0f} %)")
         if self.failed: parts.append(f"{self.failed} failed: see the last column")
+        if self.no_number and not self.answered:
+            parts.append("and no answer is a number: the model folder is broken, and no picture is to blame")
         return ", ".join(parts)
 
 # %% ../../nbs/63_files.ipynb #92_predict065d
@@ -335,6 +338,7 @@ _EVERYBODYS = errno.ENOSPC, errno.EDQUOT, errno.EROFS      # a disk that is full
 
 def _draw(file: str, found: Prediction, regions: Path, drawings: set[Path]) -> Exception | None:
     "Write a picture with its regions. What is wrong with this one is returned; OSError where the disk takes none."
+    import fd_focus.use.answer    # noqa: F401 -- gives a Prediction `explained`; with matplotlib, which needs a second
     try:
         target = _free(regions_file(file, regions), drawings)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -358,7 +362,7 @@ def predict_files(
     files: Iterable[str],
     rows: Rows,
     regions: Path | None = None,  # write each picture with its regions below this folder
-    bs: int = 16, workers: int = 2,  # see `FocusClassifier.stream`
+    bs: int = 16, workers: int | None = None,  # see `FocusClassifier.stream`
     progress=None,                # a text stream for a line that counts
     done: Iterable[str] = (),     # pictures that an earlier run has answered, see `answered`
 ) -> Tally:
