@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import fd_focus.training.recipes  # noqa: F401 -- patches the recipes in
 from fd_focus.bodies import create_body
 from fd_focus.data.loaders import FocusDataLoaders
 from fd_focus.methods import METHODS, Method
 from fd_focus.rivals.boost import (BoostNet, boosting_weights, exponential_risk, line_search, training_pictures,
                                    turn_of)
 from fd_focus.training.learner import focus_learner
+from fd_focus.training.recipes import ValidateEvery      # and the recipes, which are patched in
 
 
 def toy_body(): return create_body("toy_resnet", pretrained=False, cut="layer2")[0]
@@ -221,3 +221,11 @@ class TwoHeads(Method):
 def test_bad_input_is_told_at_once(options, message, monkeypatch):
     monkeypatch.setattr(METHODS, "places", METHODS.places | {"two_heads": TwoHeads})
     with pytest.raises(ValueError, match=message): BoostNet(toy_body(), 3, 48, **options)
+
+
+def test_steps_are_found_where_validation_waits_for_the_last_epoch():
+    "The line search is due at the end of each member's turn, whether somebody looks at the validation pictures or not."
+    found = []
+    for cbs in ([], [ValidateEvery(0)]):
+        found.append(fit(learner(), 4, *cbs, lr_max=1e-3).model.alpha.tolist())
+    assert found[0] == found[1] and found[0][0] != 1
