@@ -10,7 +10,7 @@ from fd_focus.bodies import create_body, toy_resnet
 from fd_focus.data.loaders import FocusDataLoaders
 from fd_focus.rivals.racnn import ProposalNet, ZoomInNet, box_gradient, nested, peak_square, scale_ranking_loss
 from fd_focus.training.learner import focus_learner
-from fd_focus.training.speed import BFloat16, CheckpointBody
+from fd_focus.training.speed import CheckpointBody, HalfPrecision
 
 
 def body(): return toy_resnet((8, 16))
@@ -246,5 +246,5 @@ def test_a_checkpointed_body_learns_the_same():
 
 
 def test_it_learns_in_bfloat16():
-    net = fit(learner([BFloat16()], warm=.5)).model
+    net = fit(learner([HalfPrecision("bf16")], warm=.5)).model
     assert all(p.isfinite().all() for p in net.parameters())

@@ -5,10 +5,10 @@ from fastai.callback.core import Callback
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation
-from fastai.optimizer import Adam
 
 from fd_focus.data.loaders import FocusDataLoaders
 from fd_focus.training.learner import focus_learner
+from fd_focus.training.optimizer import fused_adamw
 from fd_focus.training.recipes import AverageWeights
 
 
@@ -55,9 +55,9 @@ def test_the_papers_optimiser_goes_with_its_fit(dls):
     learn = fit(dls, "fit_paper")
     with learn.no_bar(), learn.no_logging():
         learn.fit_one_cycle(1)
-        assert learn.opt_func is Adam and "sqr_avg" in next(iter(learn.opt.state.values())) and not learn.wd_bn_bias
+        assert learn.opt_func is fused_adamw and isinstance(learn.opt.opt, torch.optim.AdamW) and not learn.wd_bn_bias
         with pytest.raises(KeyboardInterrupt): learn.fit_paper(1, cbs=Stop())
-    assert learn.opt_func is Adam and learn.opt is None and not learn.wd_bn_bias
+    assert learn.opt_func is fused_adamw and learn.opt is None and not learn.wd_bn_bias
 
 
 @pytest.mark.parametrize("how,lrs", [("fit_paper", [(1e-3, .01), (1e-3, .01), (1e-4, .001)]),

@@ -228,7 +228,7 @@ class LocalisationMetric(Metric):
         self.total, self.count, self.done, self.generator = 0., 0, 0, torch.Generator().manual_seed(self.seed)
     def measure(self, look: Look, truth: dict[str, Tensor], size: tuple[int, int]) -> Tensor: raise NotImplementedError
     def accumulate(self, learn):
-        if learn.seen is None: return             # `get_preds` runs metrics too, and shows none
+        if learn.seen is None or not learn.examines: return      # a gap: nobody looks, or at fewer regions
         look, size = learn.seen.cpu(), tuple(learn.xb[0].shape[2:])
         _need_boxes(look, learn)
         if self.k is not None and self.k > (m := look.boxes.shape[1]):

@@ -115,6 +115,7 @@ def facts(learn) -> dict:
             "labels of the pictures": _digest(_labels(dls.train_ds)) + _digest(_labels(dls.valid_ds)),
             "contents of the pictures": _digest(getattr(dls, "fingerprints", ())),
             "pictures a batch": _own(dls.train).bs * max(1, num_distrib()),
+            "optimizer": type(getattr(learn.opt, "opt", learn.opt)).__name__,
             "frozen groups": learn.opt.frozen_idx, "groups of parameters": len(learn.opt.param_lists)}
 
 # %% ../../nbs/32_checkpoint.ipynb #32_checkpoint_002
@@ -256,7 +257,7 @@ class Checkpoint(Callback):
 def check(self: Checkpoint, learn: FocusLearner, epochs: int | None = None) -> None:
     "ValueError, naming what differs, where the checkpoint is of another training."
     if learn.opt is None: learn.create_opt()
-    old, new = dict(self.state["facts"]), facts(learn)
+    old, new = {"optimizer": "Optimizer"} | self.state["facts"], facts(learn)     # fastai's, where none is named
     if epochs is not None: old["epochs"], new["epochs"] = self.state["epochs"], epochs
     wrong = [_difference(name, old.get(name), value) for name, value in new.items() if value != old.get(name)]
     shapes = {name: list(tensor.shape) for name, tensor in bare(learn.model).state_dict().items()}

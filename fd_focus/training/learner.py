@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['body_and_heads', 'to_pixels', 'look_at', 'with_transform', 'FocusLearner', 'HeadAccuracy', 'over_processes',
-           'LossParts', 'LossPart', 'StopOnNaN', 'SmoothOnDevice', 'epoch_line', 'EpochLines', 'EpochBars',
-           'FocusInterpretation', 'focus_learner', 'history']
+           'LossParts', 'LossPart', 'FocusInterpretation', 'focus_learner', 'history']
 
 # %% ../../nbs/30_learner.ipynb #70_learner003
 import copy
@@ -18,14 +17,15 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import *   # noqa: F403 -- patches fit_one_cycle, fine_tune, lr_find into Learner
+from fastai.callback.tracker import TrackerCallback
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize
 from fastai.interpret import ClassificationInterpretation
-from fastai.learner import AvgSmoothLoss, Learner, Metric, noop
+from fastai.learner import Learner, Metric, noop
 from fastai.metrics import accuracy
 from fastai.torch_core import find_bs, params
 from fastai.vision.core import TensorImage
@@ -41,6 +41,8 @@ from ..loss import FocusLoss
 from ..methods import METHODS, Look, Method, bare, build_method, method_options
 from ..presets import PRESETS
 from ..regions import _pair
+from .optimizer import TorchOptimizer, fused_adamw
+from .watch import EpochBars, EpochLines, SeldomBars, SmoothOnDevice, StopOnNaN
 
 # %% ../../nbs/30_learner.ipynb #70_learner006
 def body_and_heads(model: nn.Module) -> list[list[nn.Parameter]]:
@@ -85,14 +87,23 @@ class FocusLearner(Learner):
     """A fastai Learner for a `Method`. Metrics with `needs_look` find what it saw of a validation batch in `seen`.
     However a fit ends, callbacks with a method `let_go` are asked to put the network back."""
     seen: Look | None = None
+    heads_every = 0                  # epochs of a fit between looks at every head; 0: the last one only
+    examines = True                  # whether this validation looks at every head
     precision = nullcontext          # makes the context that the network runs in, such as `torch.autocast`
 
+    def create_opt(self):
+        super().create_opt()
+        if isinstance(self.opt, TorchOptimizer):
+            self.opt.spare(p for p, state in self.opt.state.items() if not state.get("do_wd", True))
+
     def _do_one_batch(self):
+        xb = [part.as_subclass(Tensor) if isinstance(part, Tensor) else part for part in self.xb]
         looks = not self.training and any(getattr(metric, "needs_look", False) for metric in self.metrics)
         looks = looks and not (hasattr(self, "lr_finder") or hasattr(self, "gather_preds"))    # which show no metrics
         with self.precision():
-            self.seen = bare(self.model).examine(*self.xb) if looks else None
-            self.pred = self.seen.answer if looks else self.model(*self.xb)
+            net = bare(self.model)
+            self.seen = (net.examine if self.examines else net.look)(*xb) if looks else None
+            self.pred = self.seen.answer if looks else self.model(*xb)
         self("after_pred")
         if len(self.yb):
             self.loss_grad = self.loss_func(self.pred, *self.yb)
@@ -101,6 +112,7 @@ class FocusLearner(Learner):
         if self.training and len(self.yb): self._do_grad_opt()
 
     def _do_epoch_validate(self, ds_idx=1, dl=None):
+        self.examines = dl is not None or self._examines_now()
         fs = getattr(getattr(dl, "after_batch", None), "fs", None)      # of a loader of the user's, such as dls.test_dl
         if fs is not None and (own := _normalises(self.dls.valid)) and not _normalises(dl):
             dl = with_transform(dl, own[0])
@@ -114,15 +126,25 @@ class FocusLearner(Learner):
                 for cb in self.cbs: getattr(cb, "let_go", noop)()
                 if isinstance(mix := getattr(self.loss_func, "__self__", None), MixHandler): self.loss_func = mix.old_lf
 
+# %% ../../nbs/30_learner.ipynb #30_learner_120
+@patch
+def _examines_now(self: FocusLearner) -> bool:
+    "Whether the fit looks at every head after this epoch."
+    now, every = self.epoch + 1, self.heads_every
+    if now == self.n_epoch or every and now % every == 0: return True
+    return any(isinstance(cb, TrackerCallback) for cb in self.cbs) or type(bare(self.model)).examine is Method.examine
+
 # %% ../../nbs/30_learner.ipynb #70_learner010
 class HeadAccuracy(Metric):
-    "Accuracy of one of the heads in `Look.heads`; of one that speaks once a region, over single regions."
+    """Accuracy of one of the heads in `Look.heads`; of one that speaks once a region, over all single regions.
+    A gap where it was not asked."""
     sums, needs_look = ("right", "total"), True      # what is added up over processes; see `FocusLearner`
     def __init__(self, head: str): self.head = head
     def reset(self): self.right = self.total = 0
     def accumulate(self, learn):
         if learn.seen is None: return    # `get_preds` runs metrics too, and shows none
-        logits = learn.seen.heads[self.head]
+        logits = learn.seen.heads.get(self.head)
+        if logits is None or logits.ndim == 3 and not learn.examines: return       # some of its regions, or none
         hits = logits.argmax(-1) == learn.y.as_subclass(Tensor).view(-1, *[1] * (logits.ndim - 2))
         self.right, self.total = self.right + hits.sum(), self.total + hits.numel()
     @property
@@ -170,99 +192,6 @@ class LossPart(Metric):
     def value(self):
         if not getattr(self.source, "counts", {}).get(self.part): return math.nan    # not trained yet
         return float(self.source.sums[self.part]) / self.source.counts[self.part]
-
-# %% ../../nbs/30_learner.ipynb #70_learner012
-class StopOnNaN(Callback):
-    "Raise FloatingPointError where a training loss is not finite, naming the first such batch."
-    order = -5
-    def __init__(self, every: int | None = None): self.every = every   # batches between looks; None: 1 or 50
-    def before_epoch(self): self.first, self.lrs = None, []
-    def after_loss(self):
-        if not self.training: return
-        loss = self.loss.detach().float()
-        self.lrs.append(self.opt.hypers[-1]["lr"])
-        here = torch.where(torch.isfinite(loss), torch.inf, float(self.iter + 1))
-        if self.first is None: self.first, self.value = here, loss
-        else: self.first, self.value = torch.minimum(self.first, here), torch.where(here < self.first, loss, self.value)
-        at_once = loss.device.type == "cpu" or hasattr(self.learn, "lr_finder")
-        if (self.iter + 1) % (self.every or (1 if at_once else 50)) == 0: self.look()
-    def after_train(self):
-        self.look()
-        finite = torch.stack([p.detach().isfinite().all() for p in self.model.parameters()]).all()
-        if not finite and not hasattr(self.learn, "lr_finder"):
-            raise FloatingPointError(f"the last step of epoch {self.epoch + 1} left weights that are no numbers, at "
-                                     f"learning rate {self.lrs[-1]:.1e}: try a smaller one")
-    def after_epoch(self):       # the sums of all processes are known
-        loss = self.recorder.loss.value if self.lrs and not hasattr(self.learn, "lr_finder") else None
-        if loss is not None and math.isnan(loss):
-            raise FloatingPointError(f"the validation loss became nan after epoch {self.epoch + 1}, at learning rate "
-                                     f"{self.lrs[-1]:.1e}: try a smaller one, or look for broken pictures")
-    def look(self):
-        "Read the note (a device is waited for here) and raise where there is one."
-        if self.first is None or math.isinf(batch := float(self.first)): return
-        if hasattr(self.learn, "lr_finder"): raise CancelFitException      # it puts the weights back
-        raise FloatingPointError(
-            f"the loss became {float(self.value)} in epoch {self.epoch + 1}, batch {int(batch)}, at learning rate "
-            f"{self.lrs[int(batch) - 1]:.1e}: try a smaller one, or look for broken values in the pictures")
-
-# %% ../../nbs/30_learner.ipynb #70_learner012d
-class _DeviceSmoothLoss(AvgSmoothLoss):
-    "The same running mean, kept where the loss is."
-    def accumulate(self, learn):
-        self.count += 1
-        loss = learn.loss.detach().mean()
-        self.val = torch.lerp(loss, self.val.to(loss.device, non_blocking=True), self.beta)
-
-class SmoothOnDevice(Callback):
-    "The Recorder's running mean of the loss without waiting for the device; its curve comes over once an epoch."
-    order = 40     # before the Recorder's 50
-    def before_fit(self): self.recorder.smooth_loss = _DeviceSmoothLoss(self.recorder.smooth_loss.beta)
-    def before_train(self): self.known = len(self.recorder.losses)     # they have come over already
-    def after_train(self):
-        if fresh := self.recorder.losses[self.known:]:
-            self.recorder.losses[self.known:] = torch.stack(fresh).cpu().unbind()
-
-# %% ../../nbs/30_learner.ipynb #30_learner_004
-def _heading(name: str) -> str | None:
-    "A column of the table of epochs, as it fits on a screen; None: it is left to metrics.csv."
-    if name.startswith("train_") and name != "train_loss": return None        # of each head
-    return name.removesuffix("_accuracy").replace("_", " ")
-
-def epoch_line(
-    names: list[str],        # `recorder.metric_names`
-    row: list | None = None, # the epoch's figures; None: the heading
-) -> str:
-    "A line of the table of epochs: whole epochs, losses, accuracies in percent; 80 columns are enough for it."
-    cells = []
-    for name, value in zip(names, names if row is None else row):
-        if (heading := _heading(name)) is None: continue
-        if row is None: text = heading
-        elif name == "epoch": text = str(value + 1)
-        elif not isinstance(value, float): text = str(value)
-        else: text = f"{100 * value:.1f} %" if name.endswith("accuracy") else f"{value:.4f}"
-        cells.append(text.rjust(max(len(heading), 5 if name in ("epoch", "time") else 7)))
-    return "  ".join(cells)
-
-# %% ../../nbs/30_learner.ipynb #30_learner_010
-class EpochLines(Callback):
-    "The table of epochs, a line each and no bars: for an output that is no terminal."
-    order = ProgressCallback.order
-    def before_fit(self):
-        self.run = self.create_mbar and self.logger is not noop      # `get_preds` and `no_logging` want none
-        if not self.run: return
-        self.before, self.learn.logger = self.logger, self.write
-        self.write(None)
-    def write(self, row): print(epoch_line(self.recorder.metric_names, row), flush=True)
-    def after_fit(self):
-        if self.run: self.learn.logger = self.before
-
-class EpochBars(ProgressCallback):
-    "fastai's bars, with the same lines: for a terminal."
-    name = "progress"                                                # as `no_bar` knows it
-    def _write_stats(self, row):
-        if not getattr(self, "mbar", False): return
-        names = self.recorder.metric_names
-        self.mbar.write(epoch_line(names, None if list(row) == list(names) else row))
 
 # %% ../../nbs/30_learner.ipynb #30_learner_106
 @patch
@@ -359,6 +288,8 @@ def focus_learner(
     loss_func: Callable | None = None,  # None: FocusLoss; any loss of logits is used for every head
     metrics: list | None = None,        # after accuracy; None: those of each head and the terms of the loss
     normalize: bool = True,             # with the arch's mean and std, unless `dls` normalises already
+    opt_func: Callable = fused_adamw,   # any of fastai's optimisers, or one of PyTorch's (notebook 29)
+    heads_every: int = 0,               # epochs between looks at every head; 0: after the last one only
     cbs: list | None = None,
     **kwargs,                           # the method's arguments (m=4, ...); the rest is for `Learner` (wd, path, ...)
 ) -> FocusLearner:
@@ -378,10 +309,11 @@ def focus_learner(
     if normalize and stats: dls = _normalised(dls, stats, arch)
     loss = _loss(loss_func, net, label_smoothing, chosen.get("distill", 0.))
     own = [StopOnNaN(), SmoothOnDevice(), LossParts(), *net.callbacks()]
-    learn = FocusLearner(dls, net, loss_func=loss, splitter=body_and_heads, cbs=own + list(L(cbs)),
+    learn = FocusLearner(dls, net, loss_func=loss, opt_func=opt_func, splitter=body_and_heads, cbs=own + list(L(cbs)),
                          metrics=[accuracy, *L(_columns(net, loss) if metrics is None else metrics)], **kwargs)
-    shown = (EpochBars if sys.stdout.isatty() else None) if _moves(sys.stdout) else EpochLines    # None: a notebook
-    if shown: learn.remove_cb(ProgressCallback).add_cb(shown())
+    shown = (EpochBars if sys.stdout.isatty() else SeldomBars) if _moves(sys.stdout) else EpochLines
+    learn.remove_cb(ProgressCallback).add_cb(shown())
+    learn.heads_every = heads_every
     if stats and (weights is not None or (pretrained and not is_own(arch))): learn.freeze()   # others' may be untrained
     return learn
 

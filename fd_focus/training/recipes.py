@@ -15,12 +15,11 @@ from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import SaveModelCallback
-from fastai.learner import Recorder
-from fastai.optimizer import SGD
 from fastcore.basics import patch
 from fastcore.foundation import L
 
 from .learner import FocusLearner
+from .optimizer import fused_sgd
 
 # %% ../../nbs/31_recipes.ipynb #70_learner022b
 class Steps:
@@ -41,7 +40,7 @@ def fit_paper(self: FocusLearner,
 ) -> None:
     "Train end to end with the paper's recipe (section 4.2): SGD and three steps. The next fit makes a new optimiser."
     before = self.opt_func, self.wd_bn_bias
-    self.opt_func, self.wd_bn_bias = partial(SGD, mom=mom, decouple_wd=False), True
+    self.opt_func, self.wd_bn_bias = partial(fused_sgd, mom=mom), True
     lrs = np.array([lr * body_lr, lr])
     try:
         self.create_opt()
@@ -112,7 +111,7 @@ class AverageWeights(Callback):
 # %% ../../nbs/31_recipes.ipynb #31_recipes_111
 class ValidateEvery(Callback):
     "For the `cbs` of a fit: validates every so many epochs, and after the last one. The table has gaps for the others."
-    order = Recorder.order + 1       # which must have forgotten the last look
+    order = 1000         # the Recorder must have forgotten the last look, and others have work to do before one
     def __init__(self, every: int = 0):      # epochs; 0: the last one only
         if every < 0: raise ValueError(f"every={every}; use a number of epochs, or 0 for the last one only")
         self.every = every
