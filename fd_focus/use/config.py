@@ -163,7 +163,8 @@ def _check_options(cls: type[Method], options: dict) -> None:
                          "install a newer fd_focus")
     for name, value in options.items():
         option = inspect.signature(cls.__init__).parameters[name]
-        kind = type(option.default) if option.default is not None else next(iter(get_args(option.annotation)), None)
+        named = [kind for kind in get_args(option.annotation) if kind is not type(None)]
+        kind = named[0] if option.default is None and len(named) == 1 else type(option.default)      # float | None
         kinds = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}.get(kind)
         if name.endswith("_size"): good, wanted = value is None or _size(value), _SIZE[1]
         elif kinds: good, wanted = value is None or type(value) in kinds, " or ".join(kind.__name__ for kind in kinds)
