@@ -338,7 +338,7 @@ _EVERYBODYS = errno.ENOSPC, errno.EDQUOT, errno.EROFS      # a disk that is full
 
 def _draw(file: str, found: Prediction, regions: Path, drawings: set[Path]) -> Exception | None:
     "Write a picture with its regions. What is wrong with this one is returned; OSError where the disk takes none."
-    import fd_focus.use.answer    # noqa: F401 -- gives a Prediction `explained`; with matplotlib, which needs a second
+    import fd_focus.use.answer    # noqa: F401 -- gives a Prediction `explained`, and needs matplotlib
     try:
         target = _free(regions_file(file, regions), drawings)
         target.parent.mkdir(parents=True, exist_ok=True)

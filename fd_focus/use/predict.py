@@ -215,10 +215,9 @@ def pixels(self: FocusClassifier, source) -> Tensor:
     return self._prepare(source)[0].float() / 255
 
 # %% ../../nbs/61_predict.ipynb #92_predict032i
-class NoAnswer(ValueError):
-    "An answer that is no number."
-    def __init__(self): super().__init__("the model's answer is no number: its weights, temperature, mean or std are "
-                                         "damaged")
+class NoAnswer(ValueError): "An answer that is no number."
+
+_WHY_NONE = "the model's answer is no number: its weights, temperature, mean or std are damaged"
 
 @patch
 @torch.inference_mode()
@@ -236,7 +235,7 @@ def _answers(self: FocusClassifier, prepared: list[tuple]) -> list[Prediction | 
 def _one(self: FocusClassifier, found: dict[str, Tensor], view: np.ndarray, size: tuple[int, int]):
     "The answer about one picture, in its own pixels."
     probabilities, boxes = found["probabilities"], found.get("boxes", torch.zeros(0, 4))
-    if not (probabilities.isfinite().all() and boxes.isfinite().all()): return NoAnswer()
+    if not (probabilities.isfinite().all() and boxes.isfinite().all()): return NoAnswer(_WHY_NONE)
     best = probabilities.topk(min(5, len(probabilities)))
     top5 = [(self.classes[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist())]
     view = torch.from_numpy(view).float()
