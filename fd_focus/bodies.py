@@ -60,7 +60,7 @@ def _sizes_nearby(body: nn.Module, size: tuple[int, int]) -> list[tuple[int, int
     def far(other): return abs(other[0] - size[0]) + abs(other[1] - size[1])
     lower, higher = (sorted(sizes - {size} - {s for s in sizes if max(s) > 2048}, key=far) for sizes in (below, above))
     found = [next((other for other in some if _takes(body, other)), None) for some in (lower, higher)]
-    return sorted({other for other in found if other}, key=far)
+    return sorted({other for other in found if other}, key=lambda other: (far(other), other))
 
 # %% ../nbs/14_bodies.ipynb #14_bodies_031
 def nearest_size(

@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 import torchvision
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -25,6 +26,12 @@ def _on_meta(make: Callable) -> nn.Module:
         with torch.device("meta"): return make()
     except (RuntimeError, NotImplementedError): return make()
 
+def _create(name: str, **kwargs) -> nn.Module:
+    "timm's `create_model`, without a classifier."
+    from timm import create_model
+    return create_model(name, num_classes=0, **kwargs)
+
+# %% ../nbs/13_tokens.ipynb #13_tokens_038
 def _sketch(name: str, **kwargs) -> tuple[nn.Module, dict]:
     "A timm model without memory, and its arguments: without its pooling, and for pictures of any size, where it can."
     for pool in ({"global_pool": ""}, {}):
@@ -33,11 +40,6 @@ def _sketch(name: str, **kwargs) -> tuple[nn.Module, dict]:
             try: return _on_meta(partial(_create, name, **arguments)), arguments
             except (TypeError, AssertionError, ValueError) as error: why = error       # it has no such argument
     raise ValueError(f"arch={name!r} cannot be made with {kwargs}: {why or type(why).__name__}") from why
-
-def _create(name: str, **kwargs) -> nn.Module:
-    "timm's `create_model`, without a classifier."
-    from timm import create_model
-    return create_model(name, num_classes=0, **kwargs)
 
 # %% ../nbs/13_tokens.ipynb #13_tokens_015
 @torch.no_grad()
@@ -80,14 +82,17 @@ class TokenMaps(nn.Module):
         self.norm = not type(model).__name__.startswith("Hiera")      # these two of timm's refuse it
         self.all = model
 
-    def forward(self, x: Tensor) -> Tensor:
-        maps = self.all.forward_intermediates(x, indices=self.indices, norm=self.norm, stop_early=True,
-                                              output_fmt="NCHW", intermediates_only=True)[-1]
-        return self.all.fc_norm(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if self.late_norm else maps
+# %% ../nbs/13_tokens.ipynb #13_tokens_039
+@patch
+def forward(self: TokenMaps, x: Tensor) -> Tensor:
+    maps = self.all.forward_intermediates(x, indices=self.indices, norm=self.norm, stop_early=True,
+                                          output_fmt="NCHW", intermediates_only=True)[-1]
+    return self.all.fc_norm(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if self.late_norm else maps
 
-    def set_grad_checkpointing(self, enable: bool = True):
-        "Compute each block's values again in the backward pass instead of keeping them."
-        self.all.set_grad_checkpointing(enable)
+@patch
+def set_grad_checkpointing(self: TokenMaps, enable: bool = True):
+    "Compute each block's values again in the backward pass instead of keeping them."
+    self.all.set_grad_checkpointing(enable)
 
 # %% ../nbs/13_tokens.ipynb #13_tokens_024
 def cut_layers(
@@ -111,6 +116,7 @@ def _timm(name: str):
         raise ValueError(f"arch={name!r} is no model of torchvision; for timm's models: pip install timm") from None
     return timm
 
+# %% ../nbs/13_tokens.ipynb #13_tokens_040
 def read_hub(
     name: str,              # an architecture of timm, or 'hf-hub:owner/name', or 'owner/name'
 ) -> tuple[str, dict, dict | None]:     # its architecture, with which arguments, and where its weights lie
