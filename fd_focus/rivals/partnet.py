@@ -75,12 +75,13 @@ def box_grid(
     image_size: tuple[int, int],   # of the picture, pixels
     map_size: tuple[int, int],     # of the map, cells
 ) -> Tensor:                       # (h*w,28,4) xyxy in pixels
-    "The 28 boxes around the middle of every cell, cut at the border of the picture."
+    "The 28 boxes around the middle of every cell, none smaller than a cell, cut at the border of the picture."
     y, x = ((torch.arange(n) + .5) * side / n for n, side in zip(map_size, image_size))
     y, x = torch.meshgrid(y, x, indexing="ij")
     centre = torch.stack([x, y], -1).view(-1, 1, 2)                                     # (h*w,1,2)
     size = torch.tensor(image_size[::-1])
-    half = torch.tensor(BOX_SHAPES) * size / 28                                         # (28,2)
+    cell = size / torch.tensor(map_size[::-1])
+    half = (torch.tensor(BOX_SHAPES) * size / 28).maximum(cell / 2)                     # (28,2)
     return torch.cat([(centre - half).clamp_min(0), (centre + half).minimum(size)], 2)
 
 # %% ../../nbs/43_partnet.ipynb #43_partnet_024
@@ -171,7 +172,7 @@ def region_logits(self: PartNet,
     "The part proposals of feature maps, and what the two streams say of them."
     histogram = peak_histogram(maps)
     boxes = self.grid[peak_cells(maps, histogram, self.table)].flatten(1, 2)
-    pool, narrow = pooling_weights(boxes, self.image_size, self.map_size), self.reduce(maps)
+    pool, narrow = pooling_weights(boxes, self.image_size, self.map_size), F.normalize(self.reduce(maps), dim=1)
     says, likes = (stream_logits(stream, narrow, pool) for stream in (self.class_stream, self.part_stream))
     return boxes, says, likes, histogram
 
