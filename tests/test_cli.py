@@ -200,6 +200,8 @@ def test_says_which_pictures_judged(tmp_path, capsys, split, warned):
     said = capsys.readouterr().out
     assert f"of 12 {dict(valid='validation', test='test')[split]} pictures right" in said
     assert ("fitted on these test pictures" in said) == warned
+    assert said.splitlines()[-1].startswith("waited for pictures ")
+    assert sum(json.loads((tmp_path / "run/summary.json").read_text())["shares"].values()) == pytest.approx(1, abs=.01)
 
 
 def test_flags_of_another_program_are_not_read(monkeypatch, capsys):

@@ -27,10 +27,10 @@ from fd_focus.loss import FocusLoss
 from fd_focus.toy import ToyBirds
 from fd_focus.training.learner import FocusInterpretation, HeadAccuracy, focus_learner, history, look_at
 from fd_focus.training.recipes import AverageWeights
-from fd_focus.training.run import train
+from fd_focus.training.run import make_learner, train
 from fd_focus.training.settings import Settings
 from fd_focus.training.optimizer import fused_adamw, fused_sgd
-from fd_focus.training.speed import CheckpointBody, CompileBody, HalfPrecision, resolve_amp, speed_up
+from fd_focus.training.speed import CheckpointBody, CompileStep, HalfPrecision, resolve_amp, speed_up
 from fd_focus.training.watch import StopOnNaN
 
 SMALL = Settings(arch="toy_resnet", image_size=48, epochs=2, bs=8, n_classes=3, images_per_class=8, valid_per_class=3)
@@ -158,7 +158,7 @@ def test_a_body_that_is_no_sequential_is_checkpointed_as_a_whole(dls):
     for name, tensor in ends[0].items(): torch.testing.assert_close(tensor, ends[1][name], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("make", [lambda: CompileBody(backend="eager"), CheckpointBody])
+@pytest.mark.parametrize("make", [lambda: CompileStep(backend="eager"), CheckpointBody])
 def test_a_trained_learner_is_exported(dls, tmp_path, monkeypatch, make):
     monkeypatch.setattr("fd_focus.training.speed._need_compiler", lambda device: None)
     learn = fit(focus_learner(dls, "toy_resnet", pretrained=False, cbs=[make()], path=tmp_path))
@@ -431,3 +431,43 @@ def test_interpretation_reads_the_answers(choosy):
     boxes = [patch for ax in figure.axes for patch in ax.patches if isinstance(patch, Rectangle)]
     assert len(boxes) >= 3 * 2                            # also of pictures for which one look was enough
     plt.close("all")
+
+
+def test_a_gpu_may_choose_its_kernels_unless_asked_not_to(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    for wanted in (False, True):
+        make_learner(replace(SMALL, deterministic=wanted))
+        assert torch.backends.cudnn.deterministic == wanted and torch.backends.cudnn.benchmark != wanted
+
+
+def test_every_head_is_asked_where_somebody_chooses(tmp_path):
+    "Otherwise after the last epoch only; the answer and the image head are judged in every one."
+    settings = replace(SMALL, epochs=3, answer="ensemble", m=4, l=2)
+    gaps = lambda **more: train(replace(settings, **more), bar=False)[1].region_accuracy.isna().tolist()
+    assert gaps() == [True, True, False] and gaps(heads_every=2) == [True, False, False]
+    assert gaps(keep_best=True) == gaps(heads_every=1) == [False, False, False]
+    table = train(settings, bar=False)[1]
+    assert table[["accuracy", "image_accuracy", "ensemble_accuracy"]].notna().all(axis=None)
+
+
+def test_fewer_regions_are_cropped_in_between(dls, monkeypatch):
+    cropped = []
+    learn = focus_learner(dls, "toy_resnet", pretrained=False, preset=None, m=6, l=1)
+    second = type(learn.model).second_look
+    def noted(self, x, boxes):
+        if not self.training: cropped.append(boxes.shape[1])
+        return second(self, x, boxes)
+    monkeypatch.setattr(type(learn.model), "second_look", noted)
+    fit(learn, 2)
+    n = len(dls.valid)
+    assert cropped == [1] * n + [6] * n
+
+
+def test_a_batch_is_plain_inside_the_network(dls):
+    seen = []
+    learn = focus_learner(dls, "toy_resnet", pretrained=False)
+    learn.model.register_forward_pre_hook(lambda net, args: seen.extend(map(type, args)))
+    fit(learn)
+    with learn.no_bar(): learn.get_preds()
+    assert set(seen) == {torch.Tensor}

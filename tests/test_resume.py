@@ -19,7 +19,7 @@ import yaml
 from fastai.callback.core import Callback
 from safetensors.torch import load_file
 
-from fd_focus.training.checkpoint import Checkpoint, read_checkpoint
+from fd_focus.training.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from fd_focus.training.machine import alone, put, put_bytes
 from fd_focus.training.run import make_learner, train
 from fd_focus.training.settings import Settings
@@ -28,6 +28,16 @@ from fd_focus.toy import ToyBirds
 
 BIN = Path(sys.executable).parent
 TINY = dict(arch="toy_resnet", image_size=48, epochs=4, bs=8, n_classes=4, images_per_class=10)
+
+
+def test_what_another_optimiser_remembered_is_refused(tmp_path):
+    "A checkpoint that names no optimiser has one of fastai's."
+    train(Settings(**TINY | dict(epochs=1)), bar=False, out=tmp_path)
+    state = read_checkpoint(tmp_path / "checkpoint.pt")
+    del state["facts"]["optimizer"]
+    write_checkpoint(tmp_path / "checkpoint.pt", state)
+    with pytest.raises(ValueError, match="of another training; optimizer: Optimizer in it, AdamW now"):
+        train(Settings(**TINY | dict(epochs=1)), bar=False, out=tmp_path, resume=True)
 
 
 def work(kwargs, log, tweak, argument):

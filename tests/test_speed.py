@@ -13,16 +13,18 @@ from fd_focus.training.learner import focus_learner
 from fd_focus.loss import FocusLoss
 from fd_focus.bodies import toy_resnet
 from fd_focus.focus import FocusNet
+from fd_focus.methods import METHODS, bare, build_method
+from fd_focus.true_class import PassTarget
 from fd_focus.regions import propose_from_table, region_grid, suppression_table
 from fd_focus.training.optimizer import fused_adamw
-from fd_focus.training.speed import CheckpointBody, CompileBody, HalfPrecision, body_segments, speed_up
+from fd_focus.training.speed import (CheckpointBody, CompileStep, HalfPrecision, body_segments, speed_up, whole_step)
 from fd_focus.zoom import zoom
 
 
-def treated(body): return "forward" in vars(body) or body._compiled_call_impl is not None
+def treated(learn): return "forward" in vars(bare(learn.model).body) or learn.whole_step is not None
 
 
-TAKES_THE_BODY = [CheckpointBody, lambda: CompileBody(backend="eager")]
+TAKES_THE_STEP = [CheckpointBody, lambda: CompileStep(backend="eager")]
 
 
 class Locate(torch.nn.Module):
@@ -49,6 +51,35 @@ def test_compiles_as_one_graph():
     located = torch.compile(Locate(), fullgraph=True, backend="aot_eager")(*inputs(3))
     for ours, expected in zip(located, Locate()(*inputs(3))):
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+
+
+def small_body():
+    layers = [torch.nn.Conv2d(3, 8, 3, 4, 1), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Conv2d(8, 12, 3, 2, 1)]
+    return torch.nn.Sequential(*layers)
+
+
+def trained_step(name, wrap):
+    "Loss, its terms and all gradients of one step in bfloat16, from the same weights and random numbers."
+    torch.manual_seed(0)
+    net = build_method(name, small_body(), 3, image_size=64).train()
+    loss_func, half = FocusLoss(method=net), lambda: torch.autocast("cpu", torch.bfloat16)
+    x, y = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 0])
+    torch.manual_seed(1)
+    with_classes = any(isinstance(cb, PassTarget) for cb in net.callbacks())
+    _, loss = wrap(whole_step(net, loss_func, half))((x, y) if with_classes else (x,), (y,))
+    loss.backward()
+    return loss.detach(), loss_func.terms, [p.grad for p in net.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "racnn"])     # which asks for a gradient midway
+def test_a_step_is_one_graph(name):
+    "Half precision, network, losses and the way back; it says what the uncompiled step says."
+    torch._dynamo.reset()
+    ours = trained_step(name, lambda step: torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=False))
+    expected = trained_step(name, lambda step: step)
+    assert ours[1].keys() == expected[1].keys() and len(ours[2]) == len(expected[2]) > 0
+    torch.testing.assert_close(ours[0], expected[0], atol=1e-4, rtol=1e-4)
+    for a, b in zip(ours[2], expected[2]): torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-2)   # of eight bits
 
 
 def test_fullgraph_would_notice():
@@ -214,7 +245,7 @@ def test_gradients_of_a_stopped_fit_are_forgotten(dls):
         learn.fit(1, 1e-3, cbs=[Look()])
 
 
-@pytest.mark.parametrize("make", TAKES_THE_BODY, ids=["checkpointing", "compile"])
+@pytest.mark.parametrize("make", TAKES_THE_STEP, ids=["checkpointing", "compile"])
 def test_options_find_the_body_of_a_wrapped_model(dls, tmp_path, monkeypatch, make):
     "Several processes train a network that is wrapped, and it may be wrapped when the callbacks clean up."
     import fd_focus.training.speed as speed
@@ -225,11 +256,11 @@ def test_options_find_the_body_of_a_wrapped_model(dls, tmp_path, monkeypatch, ma
         body, _ = learn.model.body, learn.create_opt()
         learn.model = torch.nn.parallel.DistributedDataParallel(learn.model, find_unused_parameters=True)
         with quiet(learn): learn.fit(1, 1e-3)
-        assert "forward" not in vars(body) and body._compiled_call_impl is None
+        assert not treated(learn) and learn.model.module.body is body
     finally: torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("make", TAKES_THE_BODY, ids=["checkpointing", "compile"])
+@pytest.mark.parametrize("make", TAKES_THE_STEP, ids=["checkpointing", "compile"])
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError, CancelFitException])
 def test_a_fit_that_is_broken_off_leaves_the_network_as_it_was(dls, monkeypatch, make, stop):
     "fastai calls no `after_fit` after Ctrl-C or an error."
@@ -240,13 +271,12 @@ def test_a_fit_that_is_broken_off_leaves_the_network_as_it_was(dls, monkeypatch,
     class Stop(Callback):
         order = 90
         def after_batch(self):
-            body = self.model.body
-            seen.append("forward" in vars(body) or body._compiled_call_impl is not None)
+            seen.append(treated(self.learn))
             raise stop("enough")
     learn = focus_learner(dls, "toy_resnet", pretrained=False)
     with contextlib.suppress(KeyboardInterrupt, OSError), quiet(learn): learn.fit(1, 1e-3, cbs=[make(), Stop()])
     assert seen == [True]                                        # in mid-fit it was another
-    assert "forward" not in vars(learn.model.body) and learn.model.body._compiled_call_impl is None
+    assert not treated(learn)
     with quiet(learn): learn.fit(1, 1e-3)
     assert len(learn.recorder.values) == 1
 
@@ -255,7 +285,7 @@ def test_compile_asks_for_a_compiler_before_training(dls, monkeypatch):
     import fd_focus.training.speed as speed
     if torch.cuda.is_available(): pytest.skip("a GPU needs none")
     monkeypatch.setattr(speed.shutil, "which", lambda name: None)
-    learn = focus_learner(dls, "toy_resnet", pretrained=False, cbs=[CompileBody()])
+    learn = focus_learner(dls, "toy_resnet", pretrained=False, cbs=[CompileStep()])
     with quiet(learn), pytest.raises(ValueError, match="install g\\+\\+ or clang\\+\\+"): learn.fit(1, 1e-3)
 
 
@@ -286,14 +316,14 @@ def test_settings_choose_the_options():
     assert "ChannelsLast" in kinds()
     chosen = kinds(amp="bf16", checkpointing=True, accumulate=2)
     assert {"HalfPrecision", "CheckpointBody", "AccumulateGradients"} <= chosen
-    assert "CompileBody" in kinds(compile_body=True) and "ChannelsLast" not in kinds(channels_last=False)
+    assert "CompileStep" in kinds(compile="default") and "ChannelsLast" not in kinds(channels_last=False)
     for options, message in ((dict(amp="fp8"), "amp='fp8' is none of"),
                              (dict(accumulate=0), "accumulate=0; use a whole number"),
-                             (dict(compile_body=True, checkpointing=True), "exclude each other")):
+                             (dict(compile="default", checkpointing=True), "exclude each other")):
         with pytest.raises(ValueError, match=message): make_learner(Settings(**base, **options))
 
 
-@pytest.mark.parametrize("options", [dict(checkpointing=True), dict(compile_body=True)], ids=str)
+@pytest.mark.parametrize("options", [dict(checkpointing=True), dict(compile="default")], ids=str)
 def test_both_bodies_are_treated(dls, monkeypatch, options):
     "With crop_norm='separate' a second body sees the crops; it shares the parameters, and has statistics of its own."
     import fd_focus.training.speed as speed
@@ -303,7 +333,7 @@ def test_both_bodies_are_treated(dls, monkeypatch, options):
         order = 90
         def after_batch(self):
             if self.training:
-                seen.append([treated(body) for body in self.model.bodies])
+                seen.append(["forward" in vars(body) for body in self.model.bodies])
     ends = []
     for chosen in ({}, options):
         set_seed(0, reproducible=True)
@@ -311,10 +341,10 @@ def test_both_bodies_are_treated(dls, monkeypatch, options):
         learn = focus_learner(dls, "toy_resnet", pretrained=False, crop_norm="separate", cbs=[Watch()])
         speed_up(learn, **chosen)
         for cb in learn.cbs:
-            if isinstance(cb, CompileBody): cb.kwargs["backend"] = "eager"
+            if isinstance(cb, CompileStep): cb.kwargs["backend"] = "eager"
         with quiet(learn): learn.fit(1, 1e-3)
         ends.append(learn.model.state_dict())
-    assert seen[0] == [False, False] and seen[-1] == [True, True]
+    assert seen[0] == [False, False] and seen[-1] == 2 * ["checkpointing" in options]
     for name, tensor in ends[0].items(): torch.testing.assert_close(tensor, ends[1][name], atol=1e-4, rtol=0)
 
 

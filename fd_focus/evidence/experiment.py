@@ -127,7 +127,7 @@ def _fingerprint(settings: Settings) -> str: return json.dumps(asdict(settings),
 def _same(recorded: str, settings: Settings) -> bool:
     "Do recorded settings mean these? One that did not exist then had the value that is its default now."
     effective = lambda s: replace(resolve(s), **CHANGE_NOTHING)        # how pictures are loaded changes nothing
-    try: return effective(Settings(**json.loads(recorded))) == effective(settings)
+    try: return effective(make_settings(json.loads(recorded))) == effective(settings)
     except (TypeError, ValueError): return False
 
 # %% ../../nbs/57_experiment.ipynb #57_experiment_009

@@ -90,6 +90,7 @@ class FocusLearner(Learner):
     heads_every = 0                  # epochs of a fit between looks at every head; 0: the last one only
     examines = True                  # whether this validation looks at every head
     precision = nullcontext          # makes the context that the network runs in, such as `torch.autocast`
+    whole_step = None                # (inputs, targets) -> output and loss of a training batch, where it is compiled
 
     def create_opt(self):
         super().create_opt()
@@ -97,16 +98,12 @@ class FocusLearner(Learner):
             self.opt.spare(p for p, state in self.opt.state.items() if not state.get("do_wd", True))
 
     def _do_one_batch(self):
-        xb = [part.as_subclass(Tensor) if isinstance(part, Tensor) else part for part in self.xb]
-        looks = not self.training and any(getattr(metric, "needs_look", False) for metric in self.metrics)
-        looks = looks and not (hasattr(self, "lr_finder") or hasattr(self, "gather_preds"))    # which show no metrics
-        with self.precision():
-            net = bare(self.model)
-            self.seen = (net.examine if self.examines else net.look)(*xb) if looks else None
-            self.pred = self.seen.answer if looks else self.model(*xb)
+        whole, xb = self.whole_step if self.training else None, _plain(self.xb)
+        if whole: self.pred, self.loss_grad = whole(xb, _plain(self.yb))
+        else: self.pred = self._answer(xb)
         self("after_pred")
         if len(self.yb):
-            self.loss_grad = self.loss_func(self.pred, *self.yb)
+            if not whole: self.loss_grad = self.loss_func(self.pred, *self.yb)
             self.loss = self.loss_grad.clone()
         self("after_loss")
         if self.training and len(self.yb): self._do_grad_opt()
@@ -127,6 +124,20 @@ class FocusLearner(Learner):
                 if isinstance(mix := getattr(self.loss_func, "__self__", None), MixHandler): self.loss_func = mix.old_lf
 
 # %% ../../nbs/30_learner.ipynb #30_learner_120
+def _plain(batch) -> list:
+    "Parts of a batch without fastai's types."
+    return [part.as_subclass(Tensor) if isinstance(part, Tensor) else part for part in batch]
+
+@patch
+def _answer(self: FocusLearner, xb: list):
+    "What the network says to a batch; in validation, `seen` too, where a metric asks for it."
+    looks = not self.training and any(getattr(metric, "needs_look", False) for metric in self.metrics)
+    looks = looks and not (hasattr(self, "lr_finder") or hasattr(self, "gather_preds"))    # which show no metrics
+    net = bare(self.model)
+    with self.precision():
+        self.seen = (net.examine if self.examines else net.look)(*xb) if looks else None
+        return self.seen.answer if looks else self.model(*xb)
+
 @patch
 def _examines_now(self: FocusLearner) -> bool:
     "Whether the fit looks at every head after this epoch."

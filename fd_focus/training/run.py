@@ -38,8 +38,10 @@ from .checkpoint import Checkpoint, KeepBest, _own, stoppable
 from .checkpoint import random_state, set_random_state
 from .learner import FocusLearner, focus_learner, history
 from .machine import alone, put, put_bytes
-from .settings import CHANGE_NOTHING, FOLDER_SETTINGS, Settings, method_arguments, resolve, write_settings
+from .settings import CHANGE_NOTHING, FOLDER_SETTINGS, Settings, method_arguments, resolve
+from .settings import write_settings
 from .speed import speed_up
+from .watch import EpochParts, shares
 
 # %% ../../nbs/36_run.ipynb #36_run_001
 def _check_shares(s: Settings, processes: int) -> None:
@@ -68,6 +70,11 @@ def make_loaders(settings: Settings) -> FocusDataLoaders:
     return dls
 
 # %% ../../nbs/36_run.ipynb #72_run007
+def _seed(s: Settings) -> None:
+    "Every random generator, and whether cuDNN may choose among its ways to compute."
+    set_seed(s.seed)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = s.deterministic, not s.deterministic
+
 def make_learner(settings: Settings) -> FocusLearner:
     "Data and learner of a run, seeded. ValueError for settings that the data or the method does not take."
     s, takes = resolve(settings), method_options(METHODS[settings.method])
@@ -75,16 +82,16 @@ def make_learner(settings: Settings) -> FocusLearner:
     if s.input_size and "zoom_size" not in takes:
         raise ValueError(f"input_size={s.input_size}: method {s.method!r} cuts no regions; use image_size")
     if num_distrib() > 1 and torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    set_seed(s.seed, reproducible=True)
+    _seed(s)
     dls = make_loaders(s)
-    set_seed(s.seed, reproducible=True)
+    _seed(s)
     dls.train.rng.seed(s.seed)
     loss = FocusLoss(head_weights=s.head_weights, label_smoothing=s.label_smoothing, distill=s.distill)
     body = s.arch, s.method, s.pretrained, s.weights, s.cut
-    learn = focus_learner(dls, *body, preset=None, loss_func=loss, wd=s.wd, **options)     # `options` are all there is
+    learn = focus_learner(dls, *body, preset=None, loss_func=loss, wd=s.wd, heads_every=s.heads_every, **options)
     if s.head_weights: _check_head_weights(s.head_weights, learn.model)
     learn.unfreeze()
-    return speed_up(learn, s.channels_last, s.amp, s.compile_body, s.checkpointing, s.accumulate)
+    return speed_up(learn, s.channels_last, s.amp, s.compile, s.checkpointing, s.accumulate)
 
 def _check_head_weights(weights: dict, net) -> None:
     "ValueError for a loss term that the method does not have, where it names its terms."
@@ -157,12 +164,13 @@ def versions() -> dict[str, str]:
     names = ("fd_focus", "torch", "torchvision", "fastai", "fastcore", "numpy")
     return {name: str(import_module(name).__version__) for name in names} | {"python": platform.python_version()}
 
-def _summary(learn: FocusLearner, table: pd.DataFrame, s: Settings, kept: int, seconds: float) -> dict:
-    "Figures of a finished run; `kept` is the row of the epoch whose weights are kept."
+def _summary(learn: FocusLearner, table: pd.DataFrame, s: Settings, kept: int, seconds: float, went: dict) -> dict:
+    "Figures of a finished run; `kept` is the row of the epoch whose weights are kept, `went` says where time went."
     accuracies = {name: float(table[name].iloc[kept]) for name in table if name.endswith("accuracy")}
     dls, pictures = learn.dls, len(learn.dls.train_ds) * len(table)
     return accuracies | dict(
         seconds=round(seconds, 1), images_per_second=round(pictures / seconds, 1),
+        shares=went, device=torch.device(dls.device or "cpu").type,
         epochs_trained=len(table), weights_of_epoch=kept + 1, processes=max(1, num_distrib()),
         judged_by=dls.judged_by, train_images=len(dls.train_ds), valid_images=len(dls.valid_ds), classes=len(dls.vocab),
         parameters=sum(p.numel() for p in learn.model.parameters()), versions=versions(), settings=asdict(s))
@@ -170,18 +178,18 @@ def _summary(learn: FocusLearner, table: pd.DataFrame, s: Settings, kept: int, s
 # %% ../../nbs/36_run.ipynb #36_run_016
 def _trained(s: Settings, bar: bool, say: Callable, out=None, checkpoint: Checkpoint | None = None) -> tuple:
     "What `train` gives, from resolved settings; `checkpoint` saves the run in `out`, and goes on from its state."
-    cbs, learn = _callbacks(s, out), make_learner(s)
+    cbs, learn, parts = _callbacks(s, out), make_learner(s), EpochParts()
     say(learn)
     if checkpoint and checkpoint.state: checkpoint.check(learn, s.epochs)
     elif checkpoint and rank_distrib() == 0: write_settings(s, out)     # once data and network are there
     quiet, start = [] if bar else [learn.no_bar(), learn.no_logging()], time.perf_counter()
     with ExitStack() as stack:
         for context in [_sharing(learn), stoppable(learn), *quiet]: stack.enter_context(context)
-        _fit(learn, s, cbs + ([checkpoint] if checkpoint else []))
+        _fit(learn, s, [*cbs, *([checkpoint] if checkpoint else []), parts])
     seconds = checkpoint.seconds if checkpoint else time.perf_counter() - start
     table = history(learn)
     kept = next((cb.epoch_kept for cb in cbs if isinstance(cb, KeepBest)), len(table) - 1)
-    return learn, table, _summary(learn, table, s, kept, seconds)
+    return learn, table, _summary(learn, table, s, kept, seconds, shares(parts.epochs))
 
 # %% ../../nbs/36_run.ipynb #72_run007b
 def train(

@@ -82,7 +82,7 @@ class MethodSettings:
     m: int | None = setting(None, "regions in training (6)")
     l: int | None = setting(None, "regions in the answer (4)")
     iou_threshold: float | None = setting(None, "regions that overlap more than this are dropped (0.25)")
-    sigma: float | None = setting(None, "width of the smoothing of the attention, cells of the feature map (1.0)")
+    sigma: float | None = setting(None, "width of the attention's smoothing, cells of the map (1, on fine maps more)")
     attention: str | None = setting(None, "where to look: max over all classes, or a single class (max)")
     hybrid: bool | None = setting(None, "a head for image and regions together (True)")
     fusion: str | None = setting(None, "how it joins the regions' features: concat, mean (concat)")
@@ -120,19 +120,22 @@ class RecipeSettings:
 class MachineSettings:
     "What a run costs, and whom it tells."
     workers: int | None = setting(None, "processes that load pictures; not given: for a folder, the cores to spare")
-    amp: Literal["auto", "fp32", "bf16"] = setting("auto", "precision; auto: bf16 on a GPU that has it")
+    amp: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "precision; auto: on a GPU bf16, or what it has")
     channels_last: bool = setting(True, "memory layout of convolutions that most machines are faster with")
-    compile_body: bool = setting(False, "torch.compile of the body: a slow start, faster steps")
+    compile: Literal["default", "reduce-overhead", "max-autotune"] | None = setting(None,
+        "compile the training step: a slow start, faster steps. On a GPU also reduce-overhead, max-autotune")
+    deterministic: bool = setting(False, "a GPU gives the same figures again, more slowly; a CPU does anyway")
     checkpointing: bool = setting(False, "less memory for a third more time")
     accumulate: int = setting(1, "batches to one step of the optimiser")
     valid_every: int = setting(1, "epochs between validations; 0: only after the last, which is always judged")
+    heads_every: int = setting(0, "epochs between validations of every head and region; 0: after the last only")
     log: Literal["tensorboard", "wandb"] | None = setting(None, "tell TensorBoard or Weights & Biases what happens")
 
 GROUPS = dict(data=DataSettings, body=BodySettings, method=MethodSettings, recipe=RecipeSettings,
               machine=MachineSettings, toy=ToySettings)
 
 # %% ../../nbs/35_settings.ipynb #35_settings_082
-CHANGE_NOTHING = dict(workers=0, valid_every=1)      # how a run goes, not what it gives
+CHANGE_NOTHING = dict(workers=0, valid_every=1, heads_every=0)      # how a run goes, not what it gives
 
 def _kinds(annotation) -> tuple:
     "The types in an annotation: those of a union, or itself."
@@ -173,6 +176,7 @@ def _check_together(s) -> None:
         (s.early_stop < 0, f"early_stop={s.early_stop}; use a number of epochs, or 0 for never"),
         (s.workers is not None and s.workers < 0, f"workers={s.workers}; use 0 or more"),
         (s.valid_every < 0, f"valid_every={s.valid_every}; use a number of epochs, or 0 for the last one only"),
+        (s.heads_every < 0, f"heads_every={s.heads_every}; use a number of epochs, or 0 for the last one only"),
         (s.valid_every != 1 and (s.early_stop or s.keep_best),
          f"early_stop and keep_best choose by every epoch, and valid_every={s.valid_every} judges only some"),
         (not_modern, f"ema and mixup belong to recipe='modern', not to {s.recipe!r}"),
@@ -226,12 +230,18 @@ def method_arguments(
     return given
 
 # %% ../../nbs/35_settings.ipynb #35_settings_096
+def _renewed(values: dict) -> dict:
+    "Settings of earlier versions under their present names."
+    if "compile_body" not in values: return values
+    new = {name: value for name, value in values.items() if name != "compile_body"}
+    return {"compile": "default"} | new if checked("compile_body", values["compile_body"], bool) else new
+
 def check_settings(
     values: dict,   # setting -> value
     extra=(),       # other names to let pass
 ) -> dict:          # the same, with numbers of the right type
     "Check names and types. ValueError for unknown names, with what may have been meant, and for wrong types."
-    known = {option.name: option.type for option in fields(Settings)}
+    known, values = {option.name: option.type for option in fields(Settings)}, _renewed(values)
     if unknown := sorted(str(name) for name in values if name not in known and name not in extra):
         near = {name: difflib.get_close_matches(name, [*known, *extra], 1) for name in unknown}
         hints = (name + (f" (did you mean {near[name][0]}?)" if near[name] else "") for name in unknown)
