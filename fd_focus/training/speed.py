@@ -131,6 +131,7 @@ class CompileStep(Callback):
         self._check(next(self.model.parameters()).device.type)
         step = whole_step(self.model, self.loss_func, self.learn.precision)
         self.learn.whole_step = torch.compile(step, **self.kwargs)
+    def before_batch(self): torch.compiler.cudagraph_mark_step_begin()     # what a recording has left is used up
     def let_go(self): self.learn.__dict__.pop("whole_step", None)     # a FocusLearner calls it also after an error
     def after_fit(self): self.let_go()
 
