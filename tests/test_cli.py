@@ -246,7 +246,7 @@ def test_bad_arguments(folder, tmp_path):
     assert "unrecognized arguments" in fails("--data", folder, "--colour", "red")
     assert "cells" in fails("--data", folder, *TINY, "--m", 50, *out)
     small = ["--arch", "squeezenet1_1", "--image_size", 8, "--no-pretrained"]
-    assert "larger image_size" in fails("--data", folder, *TINY, *small, *out)
+    assert "32x32 would do: give it as image_size" in fails("--data", folder, *TINY, *small, *out)
     assert "epochs=0" in fails("--data", folder, *TINY, "--epochs", 0, *out)
 
 
