@@ -9,7 +9,8 @@ from fastai.callback.training import GradientAccumulation
 from fd_focus.data.loaders import FocusDataLoaders
 from fd_focus.training.learner import focus_learner
 from fd_focus.training.optimizer import fused_adamw
-from fd_focus.training.recipes import AverageWeights
+from fd_focus.training.recipes import AverageWeights, ValidateEvery
+from fd_focus.training.watch import EpochParts
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +74,12 @@ def test_every_step_has_the_rate_of_the_recipe(dls, how, lrs):
     assert len(rates.rates) == 6
     places = (0, 2, 3) if how == "fit_paper" else (0, 3)
     for place, expected in zip(places, lrs): assert rates.rates[place] == pytest.approx(expected)
+
+
+def test_a_validation_that_is_left_out_takes_no_time(dls):
+    "Else the share of training that went into validation would hold the steps too."
+    learn, parts = focus_learner(dls, "toy_resnet", pretrained=False), EpochParts()
+    with learn.no_bar(), learn.no_logging(): learn.fit_modern(3, cbs=[ValidateEvery(0), parts])
+    for epoch in parts.epochs[:2]:
+        assert epoch["validation"] < .05 * epoch["whole"] and epoch["rest"] > -.05 * epoch["whole"]
+    assert parts.epochs[2]["validation"] > max(epoch["validation"] for epoch in parts.epochs[:2])

@@ -111,6 +111,7 @@ class AverageWeights(Callback):
 # %% ../../nbs/31_recipes.ipynb #31_recipes_111
 class ValidateEvery(Callback):
     "For the `cbs` of a fit: validates every so many epochs, and after the last one. The table has gaps for the others."
+    skips = False
     order = 1000         # the Recorder must have forgotten the last look, and others have work to do before one
     def __init__(self, every: int = 0):      # epochs; 0: the last one only
         if every < 0: raise ValueError(f"every={every}; use a number of epochs, or 0 for the last one only")

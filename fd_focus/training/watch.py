@@ -143,6 +143,7 @@ class EpochParts(Callback):
     def after_train(self):
         loading = sum(map(_between, self.marks[::2], self.marks[1::2]))
         self.parts = dict(loading=loading, steps=time.perf_counter() - self.since - loading)
+        self.since = time.perf_counter()           # of a validation that is left out nobody tells
     def before_validate(self): self.since = time.perf_counter()
     def after_validate(self): self.parts["validation"] = time.perf_counter() - self.since
     def after_epoch(self):
