@@ -20,6 +20,8 @@ from conftest import shaken
 from fastai.vision.augment import RandomCrop, Resize
 from PIL import Image, ImageOps
 
+from fd_focus.bodies import IMAGENET_STATS
+from fd_focus.focus import FocusNet
 from fd_focus.use.cli import fd_focus_predict
 from fd_focus.data.loaders import FocusDataLoaders
 from fd_focus.data.pictures import DataWarning
@@ -953,3 +955,17 @@ def test_a_picture_one_pixel_wide_is_not_black(squash):
             seen, view = prepare(Image.new("RGB", size, (200, 100, 50)), (side, side), (side - 8, side - 8), squash)
             assert seen.size == (side - 8, side - 8) and np.asarray(seen).min((0, 1)).tolist() == [200, 100, 50]
             assert (view[2:] > view[:2]).all()
+
+
+def test_a_pipeline_is_made_while_others_use_the_network(monkeypatch):
+    "What it shows is found out by a copy: the network itself answers as ever meanwhile."
+    net = FocusNet.from_arch("toy_resnet", 3, pretrained=False, cut="layer2", image_size=64, m=2, l=2).eval()
+    net.stats, seen, x = IMAGENET_STATS, [], torch.rand(1, 3, 64, 64)
+    with torch.no_grad(): before = net(x)
+    look = FocusNet.look
+    def watched(self, images):
+        if self is not net: seen.append(net(x))
+        return look(self, images)
+    monkeypatch.setattr(FocusNet, "look", watched)
+    FocusPipeline(net)
+    assert len(seen) == 1 and torch.equal(seen[0], before)

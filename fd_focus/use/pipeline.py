@@ -7,33 +7,26 @@ __all__ = ['FocusPipeline', 'fold_batch_norm']
 
 # %% ../../nbs/60_pipeline.ipynb #60_pipeline_009
 import copy
-from contextlib import ExitStack
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..methods import Look, Method
+from ..tokens import without_values
 
 # %% ../../nbs/60_pipeline.ipynb #61_predict_010
-def _blank(body: nn.Module):
-    "A stand-in for a body's forward: maps of zeros, whose shape a copy on the meta device has computed."
-    bare = copy.deepcopy(body, {id(t): t.detach().to("meta") for t in [*body.parameters(), *body.buffers()]})
-    for layer in bare.modules():
-        if isinstance(layer, _BatchNorm): layer.forward = lambda x: x     # keeps shapes, and is slow on meta
-    return lambda x: x.new_zeros(bare(x.to("meta")).shape)
-
 def _outline(
     net: Method,    # in eval mode
 ) -> Look:          # of one black picture: shapes that can be relied on, but no values
-    "What a network shows beside its answer."
+    "What a network shows beside its answer. Others may use it meanwhile: a copy looks, which shares its tensors."
     black = next(net.parameters()).new_zeros(1, 3, *net.image_size)
     try:
-        with ExitStack() as stack:
-            for body in net.bodies: stack.enter_context(patch.object(body, "forward", _blank(body)))
-            return net.look(black)
+        sketch = copy.deepcopy(net, {id(tensor): tensor for tensor in [*net.parameters(), *net.buffers()]})
+        for body in sketch.bodies:
+            shaped = without_values(body)
+            body.forward = lambda x, shaped=shaped: x.new_zeros(shaped(x.to("meta")).shape)
+        return sketch.look(black)
     except Exception: return net.look(black)      # a body that needs values
 
 # %% ../../nbs/60_pipeline.ipynb #90_export021
