@@ -20,7 +20,7 @@ from fastai.vision.all import (CategoryBlock, DataBlock, ImageBlock, Normalize, 
                                get_image_files, parent_label)
 from matplotlib.patches import Rectangle
 
-from fd_focus.bodies import toy_resnet
+from fd_focus.bodies import create_body, toy_resnet
 from fd_focus.data.loaders import FocusDataLoaders
 from fd_focus.data.pictures import DataWarning
 from fd_focus.loss import FocusLoss
@@ -471,3 +471,12 @@ def test_a_batch_is_plain_inside_the_network(dls):
     fit(learn)
     with learn.no_bar(): learn.get_preds()
     assert set(seen) == {torch.Tensor}
+
+
+def test_a_preset_asks_a_transformer_for_a_zoom_it_can_take():
+    "Preset photos zooms to 5/7 of the first look, 160 of 224 pixels, which is no multiple of a patch of 14."
+    pytest.importorskip("timm")
+    dls = FocusDataLoaders.from_toy(4, 2, n_classes=2, image_size=112, bs=4)
+    body, _ = create_body("vit_small_patch14_dinov2", pretrained=False, depth=1, embed_dim=48, num_heads=3)
+    assert focus_learner(dls, body).model.zoom_size == (84, 84)                       # 80 is asked for
+    with pytest.raises(ValueError, match="84x84 would do"): focus_learner(dls, body, zoom_size=80)

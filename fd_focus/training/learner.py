@@ -33,7 +33,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import Tensor, nn
 
-from ..bodies import create_body, is_own
+from ..bodies import create_body, is_own, nearest_size
 from ..data.items import own_random
 from ..data.pictures import DataWarning, _moves
 from ..draw import plot_focus
@@ -312,10 +312,11 @@ def focus_learner(
         raise ValueError("weights and cut are for the name of an architecture; load or cut a body of your own before")
     size = _image_size(dls) if image_size is None else image_size
     known = method_options(METHODS[method] if isinstance(method, str) else method)
+    body, stats = (arch, None) if isinstance(arch, nn.Module) else create_body(arch, pretrained, weights, cut)
     chosen = _preset(preset, known, size, image_size is not None)
+    if "zoom_size" in chosen: chosen["zoom_size"] = nearest_size(body, _pair(chosen["zoom_size"]))    # of patches
     options = {"image_size": size} | {name: chosen[name] for name in known if name in chosen}
     options |= {name: kwargs.pop(name) for name in list(kwargs) if name in known}
-    body, stats = (arch, None) if isinstance(arch, nn.Module) else create_body(arch, pretrained, weights, cut)
     net = build_method(method, body, n_classes, **options)
     if normalize and stats: dls = _normalised(dls, stats, arch)
     loss = _loss(loss_func, net, label_smoothing, chosen.get("distill", 0.))
