@@ -171,7 +171,7 @@ def _sooner(s: Settings) -> str:
 def _faster(s: Settings, device: str, seconds: float) -> str:
     "What makes a step faster."
     if device == "cuda" and s.amp == "fp32": return "--amp auto would compute in 16 bits"
-    if s.compile or device != "cuda" and seconds < 600: return ""       # it takes minutes before it gives any
+    if s.compile or device != "cuda" or seconds < 600: return ""        # it takes minutes; on a CPU it gave nothing
     return "--compile default might make the steps faster"
 
 # %% ../../nbs/65_report.ipynb #65_report_032
