@@ -152,9 +152,10 @@ class PicturesInMemory:
         gigabytes: float = 10.,       # of memory, at most; never more than half of what is free
     ):
         self.read, self.first, self.number = read, first, {str(item): i for i, item in enumerate(items)}
-        self.room = int(min(gigabytes * 1e9, free_memory() / 2))
+        self.most = int(gigabytes * 1e9)
         self._empty()
-    def _empty(self):
+    def _empty(self):              # also where a learner is loaded again, perhaps on a smaller machine
+        self.room = int(min(self.most, free_memory() / 2))
         self.memory, self.lock = mmap.mmap(-1, max(1, self.room)), _fork().Lock()
         shared = np.frombuffer(mmap.mmap(-1, 8 * (1 + 3 * len(self.number))), np.int64)
         self.end, self.known = shared[:1], shared[1:].reshape(-1, 3)      # bytes in use; (start + 1, width, height)
