@@ -18,6 +18,9 @@ from pathlib import Path
 
 import pandas as pd
 
+# %% ../../nbs/20_names.ipynb #20_names_035
+pd.set_option("mode.string_storage", "python")
+
 # %% ../../nbs/20_names.ipynb #20_names_032
 _CODES = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")     # and ends of lines
 
