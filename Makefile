@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 export MPLBACKEND ?= agg
 
-.PHONY: setup demo test test-slow test-newest readme lint sync nbtest pytest clean
+.PHONY: setup demo test test-slow test-gpu test-newest readme lint sync nbtest pytest clean
 
 setup: $(STAMP)
 $(STAMP): settings.ini setup.py
@@ -46,6 +46,10 @@ pytest: setup
 test-slow: setup
 	$(BIN)/nbdev_test --n_workers 1 --flags slow
 	$(BIN)/python -m pytest -q tests --slow
+
+# Where PyTorch sees an NVIDIA GPU; `make test` leaves it alone.
+test-gpu: setup
+	$(BIN)/python -m pytest -q --gpu tests/test_gpu.py
 
 # The newest fastai with fastcore 2 has no room for nbdev 2: the package alone, in an environment of its own.
 NEWEST := .venv-newest

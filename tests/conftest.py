@@ -1,4 +1,4 @@
-"Shared by all tests: `--slow`, and the development data named by FD_FOCUS_DATA."
+"Shared by all tests: `--slow`, `--gpu`, and the development data named by FD_FOCUS_DATA."
 import multiprocessing
 import os
 from pathlib import Path
@@ -11,16 +11,21 @@ from PIL import Image
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run tests marked slow")
+    parser.addoption("--gpu", action="store_true", help="run the tests marked gpu, and no others, on a GPU")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes, not seconds; run with --slow")
+    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; run with --gpu")
+    if not config.getoption("--gpu"): os.environ["CUDA_VISIBLE_DEVICES"] = ""     # figures are compared to the last bit
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--slow"): return
+    slow, gpu = config.getoption("--slow"), config.getoption("--gpu")
     for item in items:
-        if "slow" in item.keywords: item.add_marker(pytest.mark.skip(reason="slow; run with --slow"))
+        if "slow" in item.keywords and not slow: item.add_marker(pytest.mark.skip(reason="slow; run with --slow"))
+        if ("gpu" in item.keywords) != gpu:
+            item.add_marker(pytest.mark.skip(reason="for a CPU" if gpu else "for a GPU; run with --gpu"))
 
 
 @pytest.fixture

@@ -230,13 +230,6 @@ def test_a_report_says_which_bars_are_met():
     assert "not met" in text and ("On a CPU smaller" in text) == (here["machine"]["gpu"] is None)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_quick_run_on_a_gpu(tmp_path):
-    done = run("--quick", "--device", "cuda", "--out", str(tmp_path / "b.json"), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "b.json").read_text())["machine"]["gpu"]
-
-
 def test_a_package_without_metadata_can_be_measured(monkeypatch):
     "A checkout on PYTHONPATH, or a copy in a bundle."
     import importlib.metadata

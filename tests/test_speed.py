@@ -1,6 +1,5 @@
 "Locating goes into one graph, the step waits for no device, and options leave nothing behind."
 import contextlib
-import warnings
 
 import pytest
 import torch
@@ -135,27 +134,6 @@ def quiet(learn):
     with learn.no_bar(), learn.no_logging(): yield
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_training_waits_once_an_epoch(dls):
-    """Synchronisations from the first callback of a batch to the last, counted by PyTorch, whose warnings begin so. The
-    loader's copy lies between; the counter's announcement of itself is none."""
-    class Begin(Callback):
-        order = -1000
-        def before_batch(self):
-            if self.training: torch.cuda.set_sync_debug_mode("warn")
-    class End(Callback):
-        order = 1000
-        def after_batch(self): torch.cuda.set_sync_debug_mode("default")
-    learn = speed_up(focus_learner(dls, "toy_resnet", pretrained=False, cbs=[Begin(), End()]))
-    learn.dls.cuda(); learn.model.cuda()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        learn.fit(2, 1e-3)
-    torch.cuda.set_sync_debug_mode("default")
-    waits = [str(w.message) for w in caught if "synchroniz" in str(w.message).lower()]
-    assert [wait for wait in waits if "debug mode is a prototype" not in wait] == []
-
-
 def test_bfloat16_is_left_after_an_error(dls):
     class Break(Callback):
         order = 11
@@ -283,7 +261,6 @@ def test_a_fit_that_is_broken_off_leaves_the_network_as_it_was(dls, monkeypatch,
 
 def test_compile_asks_for_a_compiler_before_training(dls, monkeypatch):
     import fd_focus.training.speed as speed
-    if torch.cuda.is_available(): pytest.skip("a GPU needs none")
     monkeypatch.setattr(speed.shutil, "which", lambda name: None)
     learn = focus_learner(dls, "toy_resnet", pretrained=False, cbs=[CompileStep()])
     with quiet(learn), pytest.raises(ValueError, match="install g\\+\\+ or clang\\+\\+"): learn.fit(1, 1e-3)
