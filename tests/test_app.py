@@ -533,6 +533,32 @@ def test_a_picture_is_decoded_once(classifier, tmp_path, monkeypatch, kind, size
     assert found.prediction.probabilities.equal(want.probabilities)             # as the command says it
 
 
+def test_a_banner_is_cut_off_once(folder, tmp_path, monkeypatch):
+    "Also of a JPEG that comes reduced, and of no example: training has cut theirs off."
+    pytest.importorskip("gradio", reason="gradio is not installed: pip install 'fd_focus[app]'")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    net = load_focus(folder)
+    net.about |= dict(banner=20, min_side=73)
+    cut, whole = (FocusClassifier(net, "cpu", banner=banner) for banner in (True, False))
+    picture = Image.new("RGB", (900, 700), "white")
+    picture.paste(bird().resize((900, 680)))
+    picture.save(tmp_path / "x.jpg", quality=100, subsampling=0)
+    want, found = cut.predict(tmp_path / "x.jpg"), explain(cut, tmp_path / "x.jpg").prediction
+    assert found.probabilities.equal(want.probabilities) and found.boxes.equal(want.boxes) and found.size == (700, 900)
+    assert found.view.equal(want.view) and found.view[3] < 680 and "20 pixels, a banner" in about(cut)
+    app, asked = build_app(cut, example_files(folder)), []
+    def ask(classifier, *_): return asked.append(classifier.banner) or ("", None)
+    monkeypatch.setattr("fd_focus.use.app.attempt", ask)
+    offer = next(Path(app.kept.name).glob("1.png"))
+    for name in ("upload", "copy"): (tmp_path / "uploads" / name).mkdir(parents=True)
+    shutil.copy(tmp_path / "x.jpg", tmp_path / "uploads" / "upload")
+    shutil.copy(offer, tmp_path / "uploads" / "copy")                      # as Gradio hands examples out
+    for file in (tmp_path / "uploads/upload/x.jpg", tmp_path / "uploads/copy/1.png", offer):
+        app.ask(dict(path=str(file)))
+    assert asked == [20, 0, 0] and "a banner" not in about(whole)
+    app.close(verbose=False)
+
+
 @pytest.mark.parametrize("kind", ["png", "tif", "gif"])
 def test_a_picture_that_unfolds_is_refused(classifier, tmp_path, kind, monkeypatch):
     "Before it is decoded: 36 million pixels in a few kilobytes."
@@ -687,6 +713,8 @@ def test_without_the_extra(classifier, folder, monkeypatch):
 def test_command_errors(folder, tmp_path):
     pytest.importorskip("gradio", reason="gradio is not installed: pip install 'fd_focus[app]'")
     with pytest.raises(SystemExit, match="no model folder"): fd_focus_app(str(tmp_path / "gone"))
+    with pytest.raises(SystemExit, match="trained on pictures without one"):
+        fd_focus_app(str(folder), device="cpu", banner=True)
     with pytest.raises(SystemExit, match="abacus"): fd_focus_app(str(folder), device="abacus")
     with pytest.raises(SystemExit, match="max_mb=-1"): fd_focus_app(str(folder), max_mb=-1., device="cpu")
     with socket.socket() as taken:

@@ -364,6 +364,34 @@ def test_what_a_graph_says_of_itself(saved, tmp_path):
     assert "cut off the lowest 20 pixels where it has the banner" in " ".join(export.how_to_prepare(net))
 
 
+def test_a_banner_is_cut_off_as_by_predict(saved, tmp_path):
+    "Its pixels are those of the original: a JPEG that comes reduced has fewer, a turned one has them on another side."
+    net = load_focus(saved)
+    net.about |= dict(banner=20, min_side=73)
+    graph, exif, files = export_model(net, tmp_path / "model.onnx"), Image.Exif(), []
+    about = {name: json.loads(text) for name, text in session(graph).get_modelmeta().custom_metadata_map.items()}
+    exif[0x0112] = 6
+    rng, cut = np.random.default_rng(0), FocusClassifier(net, "cpu", banner=True)
+    for size, ending, options in (((320, 170), "png", {}), ((999, 777), "jpg", {}),
+                                  ((640, 410), "jpg", dict(exif=exif)), ((30, 12), "png", {})):
+        files.append(tmp_path / f"{len(files)}.{ending}")
+        small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+        small.resize(size, Image.Resampling.BICUBIC).save(files[-1], **options)
+    for file, want in zip(files, cut.predict(files)):
+        pixels, view = export.prepare_photo(file, about, banner=20)
+        assert np.array_equal(pixels[0], cut.pixels(file).numpy()) and np.allclose(view, want.view)
+        assert not np.array_equal(pixels, export.prepare_photo(file, about)[0])
+        found = export.answer_photo(session(graph), file, banner=True)
+        assert found["label"] == want.label and np.allclose(found["boxes"], want.boxes, atol=.1)
+    program = export.write_beside(net, graph)[1]
+    lines = [subprocess.run([sys.executable, program, graph, *map(str, files), *flag], capture_output=True, text=True,
+                            check=True).stdout.splitlines() for flag in (["--banner"], [])]
+    assert len(lines[0]) == len(files) and lines[0] != lines[1]
+    net.about.pop("banner")
+    with pytest.raises(ValueError, match="knows of no banner"):
+        export.answer_photo(session(export_model(net, graph)), files[0], banner=True)
+
+
 def test_the_program_needs_little_and_spares_what_is_there(saved, tmp_path):
     net = load_focus(saved)
     (tmp_path / "preprocess.py").write_text("mine")

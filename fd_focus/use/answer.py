@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..draw import VEIL, spotlight
 from .config import judges, rests_on
-from .predict import FocusClassifier, Prediction, _lasting, draw_prediction, open_any
+from .predict import FocusClassifier, NoAnswer, Prediction, _lasting, draw_prediction, open_any
 from .sheet import PAGE, PANEL, badge, bar, below, beside, flow, plate, region_colour, words
 
 # %% ../../nbs/62_answer.ipynb #97_app011
@@ -335,7 +335,9 @@ def explain(
     "Ask the model about one picture and draw its reasons. Errors are those of `open_any`."
     source = _lasting(source)
     image, size = open_any(source, classifier.min_side or max_pixels and 2048, max_pixels)     # as the network reads it
-    found = replace(_of_size(classifier.predict(image), size), source=source)
+    found, = classifier._answers([classifier._prepared(image, size)])
+    if isinstance(found, NoAnswer): raise found
+    found = replace(found, source=source)
     if min(image.size) < (enough := _enough(found, longest)):
         try: image = open_any(source, enough, max_pixels)[0]
         except ValueError: pass           # more than may be decoded: the drawings have the pixels that the network had

@@ -100,11 +100,12 @@ def _check_model(model: str) -> None:
     if not (place.exists() or on_the_hub): raise FileNotFoundError(f"no model folder {model}")
 
 # %% ../../nbs/67_cli.ipynb #67_cli_002
-def _say_banner(classifier) -> None:
-    "A word about a banner that training has cut off, where nobody has said whether these pictures have it."
+def _says_banner(classifier):
+    "The same; a word about a banner that training has cut off, where nobody has said whether these pictures have it."
     if (banner := classifier.config.get("banner")) and not classifier.banner:
         print(f"this model was trained on pictures without their lowest {banner} pixels, a banner: if these have it, "
               "--banner cuts it off", file=sys.stderr)
+    return classifier
 
 # %% ../../nbs/67_cli.ipynb #67_cli_012
 def _kind_of(file: Path | None) -> str:
@@ -149,8 +150,7 @@ def fd_focus_predict(
     if resume and kind == "text": raise ValueError("--resume reads what it has written: use --format csv or jsonl")
     check_batches(bs, workers)
     files = find_pictures(paths, listed(sys.stdin) if "-" in paths else (), me, processes, drawings)
-    classifier = FocusClassifier.load(model, _device(device), banner=banner, amp=amp)
-    _say_banner(classifier)
+    classifier = _says_banner(FocusClassifier.load(model, _device(device), banner=banner, amp=amp))
     header, clean = bool(file) or me == 0, _cleaner(not file, csv_safe)
     tally = _write_rows(classifier, files, file, kind, header, resume, clean, regions=drawings, bs=bs, workers=workers)
     print(tally, f"; drawings in {visible(str(drawings))}" * bool(drawings), sep="", file=sys.stderr)
@@ -195,8 +195,7 @@ def fd_focus_evaluate(
     if out:
         _keep_inputs(Path(out), [Path(folder) / "split.csv"])
         Path(out).parent.mkdir(parents=True, exist_ok=True)      # what cannot be made is known before the work
-    classifier = FocusClassifier.load(model, device, banner=banner, amp=amp)
-    _say_banner(classifier)
+    classifier = _says_banner(FocusClassifier.load(model, device, banner=banner, amp=amp))
     pictures = labelled_pictures(folder, classifier.classes, split)
     if not seen: pictures = _unseen(pictures, model)
     print(f"judging by {len(pictures)} pictures of {pictures.label.nunique()} classes", file=sys.stderr)
@@ -291,6 +290,7 @@ def fd_focus_app(
     max_mb: float = 20.,      # largest upload, megabytes
     device: str = None,       # cpu, cuda, cuda:1, mps; not given: a GPU where there is one
     open_browser: bool = False,  # show the page at once
+    banner: bool = False,     # the pictures have the banner (FGVC-Aircraft) that training cut off: cut it off here too
     hosts: list[str] = None,  # names by which others know this machine, such as birds.example; '*': any
 ):
     "Serve a page that names what is on a photograph, says how sure it is, and shows where it looked."
@@ -298,7 +298,7 @@ def fd_focus_app(
     prepare()
     from fd_focus.use.app import build_app, example_files, launch_app
     from fd_focus.use.predict import FocusClassifier
-    try: app = build_app(FocusClassifier.load(model, device), example_files(model))
+    try: app = build_app(_says_banner(FocusClassifier.load(model, device, banner=banner)), example_files(model))
     except (ModuleNotFoundError, RuntimeError) as error:     # no gradio; no room on the device
         sys.exit(f"fd_focus: {str(error).splitlines()[0]}")
     url = launch_app(app, host, port, max_mb, open_browser, hosts or ())

@@ -62,7 +62,8 @@ def how_to_prepare(
     part = "the whole picture, squashed" if p["squash"] else f"its largest centred part of the shape {width}:{height}"
     return [
         "open it upright (EXIF orientation), as 8-bit RGB (not BGR) in sRGB, transparent parts on white",
-        *([f"cut off the lowest {banner} pixels where it has the banner of the training pictures"] if banner else []),
+        *([f"cut off the lowest {banner} pixels where it has the banner of the training pictures (preprocess.py "
+           "--banner)"] if banner else []),
         *([f"a large JPEG may be decoded at 1/2, 1/4 or 1/8 where both sides keep {p['min_side']} pixels"]
           if p["min_side"] else []),
         f"resize {part}, to {width} x {height} pixels (width x height): bilinear, antialiased as Pillow does it",
@@ -180,15 +181,19 @@ def upright(
 
 # %% ../../nbs/64_export.ipynb #64_export_039
 def prepare_photo(
-    file,           # of a photograph
-    about: dict,    # metadata of the graph: min_side, resize, squash, input_size
+    file,            # of a photograph
+    about: dict,     # metadata of the graph: min_side, resize, squash, input_size
+    banner: int = 0, # lowest pixels of the upright photograph, to cut off
 ) -> tuple:         # (1,3,H,W) float32 from 0 to 1; (4,) xyxy: the part of the upright photograph that it shows
     "A photograph as the graph takes it."
     photo = Image.open(file)
-    full, side = photo.size, about["min_side"]
+    full, side = photo.size, about["min_side"] and about["min_side"] + banner
     if side: photo.draft(None, (side, side))               # a large JPEG comes at 1/2, 1/4 or 1/8
     reduced, photo = photo.size, upright(photo)
-    times = np.divide(full, reduced)[::1 if photo.size == reduced else -1]
+    full = full[::1 if photo.size == reduced else -1]
+    times = np.divide(full, photo.size)
+    below = -(-banner * photo.height // full[1])           # as many pixels as it comes with, rounded up
+    if below: photo = photo.crop((0, 0, photo.width, max(1, photo.height - below)))
     size, resized, seen = photo.size, about["resize"][::-1], about["input_size"][::-1]      # width, height
     size, resized, seen = np.array(size), np.array(resized), np.array(seen)
     part = size if about["squash"] else np.maximum(1, (min(size / resized) * resized).astype(int))
@@ -202,10 +207,12 @@ def prepare_photo(
 def answer_photo(
     session,        # onnxruntime.InferenceSession of the graph
     file,           # of a photograph
+    banner: bool = False,   # it has the banner below it that training cut off
 ) -> dict:          # label, probability, sure (None: it has no threshold), boxes (k,4) xyxy pixels of the photograph
     "What the model says of a photograph."
     about = {name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}
-    pixels, view = prepare_photo(file, about)
+    if banner and "banner" not in about: raise ValueError("the graph knows of no banner: its training cut off none")
+    pixels, view = prepare_photo(file, about, about["banner"] if banner else 0)
     found = dict(zip(about["outputs"], session.run(about["outputs"], {"image": pixels})))
     probabilities = found["probabilities"][0]
     best = int(probabilities.argmax())
@@ -217,7 +224,8 @@ def answer_photo(
 # %% ../../nbs/64_export.ipynb #64_export_042
 _PROGRAM = '''"""Ask a graph of fd_focus as fd_focus itself does: python preprocess.py model.onnx photograph.jpg ...
 
-Without a photograph it says how one is prepared. Needs numpy, Pillow and onnxruntime."""
+Without a photograph it says how one is prepared. With --banner at the end it cuts off the banner below each photograph
+that training cut off (FGVC-Aircraft's). Needs numpy, Pillow and onnxruntime."""
 import io
 import json
 import sys
@@ -230,11 +238,12 @@ from PIL import Image, ImageCms, ImageOps
 
 if __name__ == "__main__":
     import onnxruntime
-    session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
-    if not sys.argv[2:]:
+    model, *files = [word for word in sys.argv[1:] if word != "--banner"]
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    if not files:
         print(*json.loads(session.get_modelmeta().custom_metadata_map["preparation"]), sep="\\n")
-    for file in sys.argv[2:]:
-        found = answer_photo(session, file)
+    for file in files:
+        found = answer_photo(session, file, banner="--banner" in sys.argv)
         doubt = {{None: "", True: ", sure", False: ", not sure"}}[found["sure"]]
         print(f"{{file}}: {{found['label']}}, {{100 * found['probability']:.1f}} %{{doubt}}")
 '''

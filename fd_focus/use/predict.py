@@ -186,10 +186,11 @@ class FocusClassifier:
         def pair(size): return (size, size) if isinstance(size, int) else tuple(size)
         self.input_size = pair(self.config.get("input_size", self.config["image_size"]))
         self.resize = pair(self.config.get("resize", [round(side * 8 / 7) for side in self.input_size]))
-        self.squash, self.min_side = self.config.get("squash", True), self.config.get("min_side")
         self.banner = self.config.get("banner", 0) if banner else 0
         if banner and not self.banner:
             raise ValueError("banner=True, but this model was trained on pictures without one")
+        self.squash, side = self.config.get("squash", True), self.config.get("min_side")
+        self.min_side = side and side + self.banner        # that a JPEG must keep when it is decoded
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device | None = None, fold: bool = True,
@@ -201,7 +202,11 @@ class FocusClassifier:
 @patch
 def _prepare(self: FocusClassifier, source) -> tuple[Tensor, np.ndarray, tuple]:
     "(3,S,S) uint8, view, and (height, width) of the original."
-    image, size = open_any(source, self.min_side and self.min_side + self.banner)
+    return self._prepared(*open_any(source, self.min_side))
+
+@patch
+def _prepared(self: FocusClassifier, image: Image.Image, size: tuple[int, int]) -> tuple[Tensor, np.ndarray, tuple]:
+    "The same of what `open_any` gives."
     scale = np.tile([size[1] / image.width, size[0] / image.height], 2)
     strip = math.ceil(self.banner * image.height / size[0])        # a JPEG may come at reduced scale
     if strip: image = image.crop((0, 0, image.width, max(1, image.height - strip)))
