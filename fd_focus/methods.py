@@ -240,7 +240,8 @@ METHODS = _Methods(plain="fd_focus.methods:PlainNet", focus="fd_focus.focus:Focu
                    mixed_regions="fd_focus.evidence.controls:MixedRegionsNet",
                    bilinear="fd_focus.rivals.bilinear:BilinearNet", nts="fd_focus.rivals.nts:NavigatorNet",
                    boost="fd_focus.rivals.boost:BoostNet", partnet="fd_focus.rivals.partnet:PartNet",
-                   macnn="fd_focus.rivals.macnn:ChannelPartsNet", racnn="fd_focus.rivals.racnn:ZoomInNet")
+                   macnn="fd_focus.rivals.macnn:ChannelPartsNet", racnn="fd_focus.rivals.racnn:ZoomInNet",
+                   probe="fd_focus.rivals.probe:ProbeNet", knn="fd_focus.rivals.probe:NearestNet")
 _OURS = frozenset(METHODS)
 
 # %% ../nbs/15_methods.ipynb #15_methods_027
