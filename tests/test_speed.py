@@ -1,5 +1,6 @@
 "Locating goes into one graph, the step waits for no device, and options leave nothing behind."
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -10,13 +11,14 @@ from fd_focus.attention import attention_map
 from fd_focus.data.loaders import FocusDataLoaders
 from fd_focus.training.learner import focus_learner
 from fd_focus.loss import FocusLoss
-from fd_focus.bodies import toy_resnet
+from fd_focus.bodies import create_body, toy_resnet
 from fd_focus.focus import FocusNet
 from fd_focus.methods import METHODS, bare, build_method
 from fd_focus.true_class import PassTarget
 from fd_focus.regions import propose_from_table, region_grid, suppression_table
 from fd_focus.training.optimizer import fused_adamw
-from fd_focus.training.speed import (CheckpointBody, CompileStep, HalfPrecision, body_segments, speed_up, whole_step)
+from fd_focus.training.speed import (
+    CheckpointBody, CompileStep, HalfPrecision, body_segments, peak_memory, speed_up, switch_checkpoints, whole_step)
 from fd_focus.zoom import zoom
 
 
@@ -269,7 +271,6 @@ def test_compile_asks_for_a_compiler_before_training(dls, monkeypatch):
 @pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v2", "squeezenet1_1", "vgg11_bn", "densenet121",
                                   "convnext_tiny"])
 def test_segments_are_the_whole_body_in_order(arch):
-    from fd_focus.bodies import create_body
     body = create_body(arch, pretrained=False)[0]
     units = [unit for segment in body_segments(body) for unit in segment]
     assert sum(len(list(unit.parameters())) for unit in units) == len(list(body.parameters()))
@@ -323,6 +324,31 @@ def test_both_bodies_are_treated(dls, monkeypatch, options):
         ends.append(learn.model.state_dict())
     assert seen[0] == [False, False] and seen[-1] == 2 * ["checkpointing" in options]
     for name, tensor in ends[0].items(): torch.testing.assert_close(tensor, ends[1][name], atol=1e-4, rtol=0)
+
+
+VITS = dict(vit_tiny_patch16_224=dict(depth=3), swin_tiny_patch4_window7_224=dict(embed_dim=24, depths=(2, 2),
+            num_heads=(2, 2), window_size=4), convnext_atto=dict(depths=(2, 2, 1, 1), dims=(16, 24, 32, 48)))
+
+@pytest.mark.parametrize("arch", VITS)
+def test_a_transformer_keeps_its_own_borders(arch):
+    "The same losses and gradients in less memory, dropped paths too; afterwards it is as it was."
+    pytest.importorskip("timm")
+    dls = FocusDataLoaders.from_toy(4, 2, n_classes=2, image_size=64, bs=4)
+    ends, body = [], create_body(arch, pretrained=False, drop_path_rate=.2, **VITS[arch])[0]
+    for checkpointing in (False, True):
+        set_seed(0, reproducible=True)
+        dls.train.rng.seed(0)
+        learn = focus_learner(dls, copy.deepcopy(body), "plain")
+        speed_up(learn, checkpointing=checkpointing)
+        with quiet(learn): learn.fit(1, 1e-3)
+        assert "forward" not in vars(learn.model.body)
+        assert not any(getattr(module, "grad_checkpointing", False) for module in learn.model.body.modules())
+        ends.append(learn.model.state_dict())
+    for name, tensor in ends[0].items(): torch.testing.assert_close(tensor, ends[1][name], atol=1e-4, rtol=0)
+    def needs(on):
+        assert switch_checkpoints(body, on)
+        return peak_memory(lambda: body(torch.rand(8, 3, 128, 128)).square().mean().backward())
+    assert needs(True) < .8 * needs(False)
 
 
 def test_half_precision_wants_our_learner(dls):

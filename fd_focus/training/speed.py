@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AMPS', 'COMPILE_MODES', 'held_memory', 'peak_memory', 'HalfPrecision', 'resolve_amp', 'whole_step', 'CompileStep',
-           'body_segments', 'CheckpointBody', 'AccumulateGradients', 'speed_up']
+           'body_segments', 'switch_checkpoints', 'CheckpointBody', 'AccumulateGradients', 'speed_up']
 
 # %% ../../nbs/34_speed.ipynb #71_speed003
 import itertools
@@ -183,14 +183,26 @@ class _Whole:
     def __init__(self, body: nn.Module): self.modules, self.forward = body.modules, body.forward
     def __call__(self, x: Tensor) -> Tensor: return self.forward(x)
 
+# %% ../../nbs/34_speed.ipynb #34_speed_030
+def switch_checkpoints(body: nn.Module, on: bool) -> bool:
+    "Whether a body without batch norm has a way of its own to keep only borders, which is now on or off."
+    switch = getattr(getattr(body, "all", body), "set_grad_checkpointing", None)      # timm's, in `create_body`'s
+    if switch is None or any(isinstance(module, _BatchNorm) for module in body.modules()): return False
+    try: switch(on)
+    except AssertionError: return False       # timm's word for a model that has none
+    return True
+
 # %% ../../nbs/34_speed.ipynb #34_speed_009
 class CheckpointBody(Callback):
     "Keeps only the borders of the body's blocks for the backward pass; same numbers, more time, less memory."
     def before_fit(self):
         for body in bare(self.model).bodies:
+            if switch_checkpoints(body, True): continue
             body.forward = _checkpointed([[_Whole(body)] if run[0] is body else run for run in body_segments(body)])
     def let_go(self):         # a FocusLearner calls it also where the fit is broken off
-        for body in bare(self.model).bodies: body.__dict__.pop("forward", None)
+        for body in bare(self.model).bodies:
+            body.__dict__.pop("forward", None)
+            switch_checkpoints(body, False)
     def after_fit(self): self.let_go()
 
 # %% ../../nbs/34_speed.ipynb #71_speed024c
