@@ -1,7 +1,14 @@
 "What loaders refuse, leave out, draw and keep."
+import copy
+import gc
 import inspect
+import multiprocessing
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +27,8 @@ from fd_focus.data.items import CropFlip, paper_transforms
 from fd_focus.data.loaders import FocusDataLoaders
 from fd_focus.data.pictures import DataWarning, ReducedPictures, open_image
 from fd_focus.data.tables import folder_table
+from fd_focus.training.distributed import SharedDL
+from fd_focus.training.learner import focus_learner
 from fd_focus.training.run import Settings, make_learner
 from fd_focus.use.predict import prepare
 
@@ -387,3 +396,169 @@ def test_crops_of_a_batch_are_its_pictures_own(folder):
     assert crop.at.min() >= 0 and crop.at.max() <= 40
     dls.valid.one_batch()
     assert (crop.at == 20).all() and not crop.flip.any()
+
+
+def helpers(): return {process.pid for process in multiprocessing.active_children()}
+
+
+def seeded(folder, workers, **kwargs):
+    "Loaders with harder crops, of classes that are drawn equally often; the same order and crops each time."
+    dls = loaders(folder, **dict(dict(crop_scale=.3, balance=True, num_workers=workers), **kwargs))
+    for dl in dls.loaders: dl.rng.seed(7)
+    return dls
+
+
+def seen(dl, seed=0):
+    "What an epoch shows."
+    torch.manual_seed(seed)                        # crops and flips of a batch are drawn in the program itself
+    return torch.cat([x for x, _ in dl])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_stay_and_change_nothing(folder, workers):
+    "Epoch after epoch, in training and validation; the numbers that training draws are the same ones too."
+    alone, helped, before = seeded(folder, 0), seeded(folder, workers), helpers()
+    first = None
+    for epoch in range(3):
+        for a, b in zip(alone.loaders, helped.loaders):
+            one, other = ((seen(dl, epoch), torch.rand(1)) for dl in (a, b))
+            assert all(map(torch.equal, one, other)) and len(one[0])
+        first = first or helpers() - before
+        assert helpers() - before == first and len(first) == 2 * workers
+    for dl in helped.loaders: dl.crew.end()
+    assert helpers() == before
+
+
+def broken_off(dl):
+    for _ in dl: break
+
+
+def interrupted(dl):
+    with pytest.raises(KeyboardInterrupt):
+        for _ in dl: signal.raise_signal(signal.SIGINT)
+
+
+def in_a_transform(dl):
+    with pytest.raises(RuntimeError, match="too large"):
+        for _ in dl: raise RuntimeError("too large")
+
+
+@pytest.mark.parametrize("end", [broken_off, interrupted, in_a_transform])
+def test_an_epoch_that_ends_early_ends_its_workers(folder, end):
+    "And the next one shows what it would show without workers."
+    alone, helped, before = seeded(folder, 0).train, seeded(folder, 2).train, helpers()
+    for early in (True, False, True):              # with fresh workers, and with those of an epoch before
+        if early:
+            broken_off(alone)
+            end(helped)
+            assert helpers() == before
+        assert torch.equal(seen(alone), seen(helped)) and len(helpers() - before) == 2
+    helped.crew.end()
+
+
+def test_a_picture_that_is_gone_is_named_and_leaves_nothing_behind(folder):
+    dl, before = seeded(folder, 2, balance=False).train, helpers()
+    file = folder / str(dl.dataset.items[0])
+    assert len(seen(dl)) == 12
+    picture = file.read_bytes()
+    file.unlink()
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError, match=file.name) as error: seen(dl)
+        assert helpers() == before, error          # which still refers to all that was under way
+    file.write_bytes(picture)
+    assert len(seen(dl)) == 12
+    dl.crew.end()
+
+
+def test_one_loop_inside_another(folder):
+    alone, helped, before = seeded(folder, 0).train, seeded(folder, 1).train, helpers()
+    def pairs(dl):
+        torch.manual_seed(0)
+        return [(x, y) for x, _ in dl for y, _ in dl]
+    for a, b in zip(pairs(alone), pairs(helped), strict=True): assert all(map(torch.equal, a, b))
+    assert len(helpers() - before) == 1
+    helped.crew.end()
+
+
+def test_idle_workers_that_are_gone_are_replaced(folder):
+    "Ctrl-C in a terminal reaches all processes, also those that wait for the next epoch."
+    alone, helped, before = seeded(folder, 0).train, seeded(folder, 2).train, helpers()
+    assert torch.equal(seen(alone), seen(helped))
+    for pid in helpers() - before: os.kill(pid, signal.SIGINT)
+    while helpers() != before: time.sleep(.01)
+    assert torch.equal(seen(alone), seen(helped))
+    helped.crew.end()
+
+
+def test_workers_know_whether_it_is_training(folder):
+    "`learn.tta` has a validation loader do what training does, and back again."
+    shown = []
+    for workers in (0, 1):
+        dl = seeded(folder, workers).valid
+        with dl.dataset.set_split_idx(0): training = seen(dl)
+        shown.append([training, seen(dl)])
+        if workers: dl.crew.end()
+    assert all(map(torch.equal, *shown)) and not torch.equal(*shown[0])
+
+
+def test_only_loaders_that_train_keep_workers(folder, tmp_path):
+    "Not those that are made for one use; and neither a file nor a copy takes workers along."
+    learn, before = focus_learner(seeded(folder, 1), "toy_resnet", pretrained=False, cut="layer2"), helpers()
+    dls = learn.dls
+    with learn.no_bar(), learn.no_logging():
+        learn.get_preds()
+        learn.get_preds(dl=dls.test_dl(list(dls.valid_ds.items)))
+        assert helpers() == before
+        learn.fit(1)
+        learn.lr_find(num_it=3, show_plot=False)
+        kept = helpers() - before
+        assert len(kept) == 1                      # of validation; `lr_find` broke training off
+        copied = copy.copy(dls.valid)
+        assert torch.equal(seen(copied), seen(dls.valid)) and len(helpers() - before) == 2
+        copied.crew.end()
+        learn.export(tmp_path / "learner.pkl")
+        assert helpers() - before == kept
+        learn.fit(1)
+    assert len(helpers() - before) == 2
+    del learn, dls, copied
+    gc.collect()
+    assert helpers() == before
+
+
+class OneOf(SharedDL):
+    "As if it were one of several processes."
+    def _broadcast(self, t, rank): return t
+
+
+def test_shares_of_several_processes_have_the_dealers_workers(folder):
+    before = helpers()
+    def shares(workers):
+        dls = [seeded(folder, workers).train for _ in range(2)]
+        found = [seen(OneOf(dl, rank, 2, device=dl.device)) for _ in range(2) for rank, dl in enumerate(dls)]
+        assert len(helpers() - before) == 2 * workers
+        for dl in dls: _ = dl.crew and dl.crew.end()
+        return found
+    assert all(map(torch.equal, shares(0), shares(1)))
+
+
+WITH_WORKERS = """if True:
+    import sys, time
+    from multiprocessing import active_children
+    from fd_focus.data.loaders import FocusDataLoaders
+    dls = FocusDataLoaders.from_folder(sys.argv[1], image_size=32, bs=4, num_workers=2)
+    list(dls.train)
+    print(*(process.pid for process in active_children()), flush=True)
+    time.sleep(float(sys.argv[2]))"""
+
+
+@pytest.mark.parametrize("sleep", [0, 60], ids=["ends", "killed"])
+def test_workers_end_with_their_program(folder, sleep):
+    command = [sys.executable, "-W", "ignore", "-c", WITH_WORKERS, str(folder), str(sleep)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as program:
+        pids = [int(pid) for pid in program.stdout.readline().split()]
+        if sleep: program.kill()
+        assert program.wait(60) == -9 * bool(sleep) and len(pids) == 2
+    deadline = time.monotonic() + 60               # they look every five seconds
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(.1)

@@ -8,7 +8,6 @@ __all__ = ['CropResize', 'paper_transforms', 'CropPart', 'CropFlip', 'batch_tran
            'own_random', 'SeededDL', 'BalancedDL', 'loader_speed']
 
 # %% ../../nbs/24_items.ipynb #24_items_026
-import itertools
 import math
 import mmap
 import os
@@ -24,10 +23,10 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.data.core import DataLoaders, TfmdDL
-from fastai.data.load import _FakeLoader
+from fastai.torch_core import default_device, to_device
 from fastai.vision.augment import FlipItem, RandomCrop, RandomResizedCrop, RandTransform, Resize, ResizeMethod
 from fastai.vision.core import PILImage, TensorImage, TensorPoint
-from fastcore.basics import fastuple, patch
+from fastcore.basics import chunked, fastuple, noop, patch
 from fastcore.foundation import L
 from PIL import Image
 
@@ -251,26 +250,78 @@ def own_random(seed: int):
         torch.set_rng_state(before[2])
 
 # %% ../../nbs/24_items.ipynb #24_items_005
-class _ForkedWorkers(_FakeLoader):
-    @property
-    def multiprocessing_context(self): return get_context("fork") if self.num_workers else None
-
 class SeededDL(TfmdDL):
     "A fastai loader whose random crops depend on its `rng` and a picture's place in the epoch, and not on its workers."
-    epoch_seed = 0
+    epoch_seed, crew = 0, None
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.fake_l.__class__ = _ForkedWorkers
         if "fork" not in get_all_start_methods(): self.fake_l.num_workers = 0
-    def before_iter(self):                         # in the program itself, before any worker starts
+    def __getstate__(self): return self.__dict__ | dict(crew=None)      # a copy has workers of its own
+    def before_iter(self):                         # in the program itself, not in a worker
         super().before_iter()
         self.epoch_seed = self.rng.getrandbits(60)
-    def create_batches(self, samps):
-        places = (i for i in itertools.count() if i // (self.bs or 1) % self.num_workers == self.offs)     # our share
-        return super().create_batches(zip(places, samps))
     def do_item(self, s):
         if s is None: return super().do_item(s)    # fastai looks at one, to learn the types
-        with own_random(hash((self.epoch_seed, *s)) % 2**60): return super().do_item(s[1])
+        with own_random(hash(s) % 2**60): return super().do_item(s[-1])
+    def read(self, samples: list[tuple]):          # of the epoch's seed, a place and an item's index
+        "The batch of some samples; None where all of them are left out."
+        items = [item for s in samples if (item := self.do_item(s)) is not None]
+        if items: return self.do_batch(items[0] if self.prebatched else items)
+
+# %% ../../nbs/24_items.ipynb #24_items_071
+class _Crew:
+    "Processes that read batches for a `SeededDL`, as its transforms are when they start, until `end`."
+    def __init__(self, dl: SeededDL):
+        own, self.dl, self.knows = dl.fake_l, dl, self._now(dl)
+        self.loader = torch.utils.data.DataLoader(
+            self, batch_size=None, sampler=self, collate_fn=noop, num_workers=own.num_workers, timeout=own.timeout,
+            pin_memory=own.pin_memory, worker_init_fn=dl.wif, multiprocessing_context=_fork(),
+            persistent_workers=True, generator=torch.Generator())      # the program's random numbers stay as they are
+    def _now(self, dl): return dl.fake_l.num_workers, getattr(dl.dataset, "split_idx", None)
+    def __getitem__(self, samples): return self.dl.read(samples)       # in a worker
+    def __iter__(self): return self.parts
+    def of(self, parts):
+        "The batches of an epoch."
+        self.parts = iter(parts)
+        return iter(self.loader)
+    def ready(self) -> bool:     # Ctrl-C in a terminal ends idle workers
+        return self.knows == self._now(self.dl) and all(one.is_alive() for one in self.loader._iterator._workers)
+    def end(self):
+        if self.loader._iterator is not None: self.loader._iterator._shutdown_workers()
+
+# %% ../../nbs/24_items.ipynb #24_items_073
+@patch
+def _read_by_crew(self: SeededDL, parts):
+    crew, self.crew = self.crew, None              # who reads has them
+    if crew and not crew.ready(): crew = crew.end()
+    crew = crew or _Crew(self)
+    try:
+        yield from crew.of(parts)
+        if self.fake_l.persistent_workers and not self.crew: self.crew = crew
+    finally:
+        if self.crew is not crew: crew.end()
+
+@patch
+def create_batches(self: SeededDL, samps):
+    seed = self.epoch_seed                         # a loop inside this one has another
+    parts = chunked(((seed, *s) for s in enumerate(samps)), self.bs or 1, self.drop_last)
+    for b in self._read_by_crew(parts) if self.fake_l.num_workers else map(self.read, parts):
+        if b is not None: yield tuple(b) if self.pin_memory and type(b) is list else b       # pinning makes it a list
+
+@patch
+def __iter__(self: SeededDL):
+    self.randomize()
+    self.before_iter()
+    torch.empty((), dtype=torch.int64).random_()   # as PyTorch's iterators do, which fastai takes
+    for b in self.create_batches(self.get_idxs()):
+        yield self.after_batch(b if self.device is None else to_device(b, self.device, non_blocking=True))
+    self.after_iter()
+
+# %% ../../nbs/24_items.ipynb #24_items_074
+def _loading(device=None) -> dict:      # of the batches; None: fastai's choice
+    "Arguments of loaders that keep their workers, and give a GPU what it can copy while it computes."
+    on_gpu = torch.device(device or default_device()).type == "cuda"
+    return dict(dl_type=SeededDL, persistent_workers=True, pin_memory=on_gpu)
 
 # %% ../../nbs/24_items.ipynb #60_data035
 class BalancedDL(SeededDL):
@@ -294,7 +345,7 @@ def loader_speed(
     "How many training pictures a second the loader gives, with no network to wait for; order and crops as in training."
     speeds = {}
     for n in workers:
-        dl, seen = dls.train.new(num_workers=n), 0
+        dl, seen = dls.train.new(num_workers=n, persistent_workers=True), 0
         batches = iter(dl)
         next(batches)
         start = time.perf_counter()

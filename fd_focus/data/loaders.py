@@ -26,8 +26,8 @@ from PIL import Image
 from torch import Tensor
 
 from .benchmarks import aircraft_folder, aircraft_table, cars_folder, cars_table, cub_folder, cub_table
-from .items import (BalancedDL, FitResize, LabelReader, SeededDL, ToyReader, batch_transforms, find_item,
-                                 item_reader, target_side)
+from .items import (BalancedDL, FitResize, LabelReader, ToyReader, _loading, batch_transforms,
+                                 find_item, item_reader, target_side)
 from .pictures import (DataWarning, check_images, duplicate_images, open_image,
                                     upright_size)
 from .tables import check_apart, check_table, csv_table, folder_table, put_aside, sound_table
@@ -156,7 +156,7 @@ def from_table(cls: FocusDataLoaders,
     block = DataBlock((ImageBlock, CategoryBlock(vocab=sorted(table.label.unique()))), get_y=LabelReader(table),
                       get_x=reader, item_tfms=item_tfms,
                       batch_tfms=batch_tfms, splitter=IndexSplitter(np.flatnonzero(table.split == "valid")))
-    kwargs = dict(dl_type=SeededDL) | kwargs | (_balanced(table) if balance else {})
+    kwargs = _loading(kwargs.get("device")) | kwargs | (_balanced(table) if balance else {})
     dls = cls._of(block.dataloaders(list(table.file), bs=bs, **kwargs), table, image_size, path)
     dls.reader, dls.skipped, dls.duplicates = reader, bad | doubled, twice.reset_index(drop=True)
     dls.geometry = (max(item_tfms[0].size), squash) if own else None
@@ -225,7 +225,7 @@ def from_toy(cls: FocusDataLoaders,
     block = DataBlock((ImageBlock, CategoryBlock(vocab=sorted(table.label.unique()))), get_y=labeller, get_x=reader,
                       splitter=IndexSplitter(np.flatnonzero(table.split == "valid")),
                       item_tfms=[FitResize(image_size, method=ResizeMethod.Squish), FlipItem()], batch_tfms=batch_tfms)
-    dls = cls._of(block.dataloaders(items, bs=bs, num_workers=num_workers, dl_type=SeededDL), table, image_size)
+    dls = cls._of(block.dataloaders(items, bs=bs, num_workers=num_workers, **_loading()), table, image_size)
     dls.reader, dls.min_side, dls.judged_by = reader, image_size, split
     return dls
 

@@ -21,6 +21,7 @@ from fastai.learner import AvgLoss, AvgMetric, Learner
 from fastai.torch_core import find_bs, num_distrib, rank_distrib, set_seed
 from torch import Tensor
 
+from ..data.items import SeededDL
 from ..methods import bare
 from .learner import over_processes
 
@@ -29,7 +30,7 @@ class SharedDL(DistributedDL):
     "One process's share of a DataLoader. On any device; knows which pictures only fill up."
     def __init__(self, dl, *args, **kwargs):
         super().__init__(dl, *args, **kwargs)
-        self.fake_l.__class__ = type(dl.fake_l)     # which may know how to start workers
+        if isinstance(dl, SeededDL): self.fake_l.num_workers = 0     # its own workers read
 
     def create_batches(self, samps):
         self.dl.num_workers, self.dl.offs = self.num_workers, self.offs     # of the worker that this runs in
