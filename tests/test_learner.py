@@ -19,6 +19,7 @@ from fastai.torch_core import set_seed
 from fastai.vision.all import (CategoryBlock, DataBlock, ImageBlock, Normalize, RandomCrop, Resize, aug_transforms,
                                get_image_files, parent_label)
 from matplotlib.patches import Rectangle
+from PIL import Image
 
 from fd_focus.bodies import create_body, toy_resnet
 from fd_focus.data.loaders import FocusDataLoaders
@@ -133,9 +134,11 @@ def test_a_broken_off_validation_keeps_no_batch(dls):
 
 
 def test_arguments_that_would_do_nothing_are_refused(dls):
-    for where in (dict(weights="x.pth"), dict(cut="layer1")):
-        with pytest.raises(ValueError, match="weights and cut are for the name of an architecture"):
+    for where in (dict(weights="x.pth"), dict(cut="layer1"), dict(arch_kwargs=dict(widths=(8, 16)))):
+        with pytest.raises(ValueError, match="weights, cut and arch_kwargs are for the name of an architecture"):
             focus_learner(dls, toy_resnet(), **where)
+    with pytest.raises(ValueError, match="cannot be made with {'pretrained': True}"):
+        focus_learner(dls, "toy_resnet", pretrained=False, arch_kwargs=dict(pretrained=True))
     with pytest.raises(ValueError, match="label_smoothing=0.2 is for the default loss"):
         focus_learner(dls, "toy_resnet", pretrained=False, loss_func=FocusLoss(), label_smoothing=.2)
 
@@ -317,6 +320,27 @@ def test_titles_say_what_is_right(dls):
     assert len(plain.show_results(max_n=2).axes) == 4         # pictures, and the class-activation maps below them
     assert plain.see(plain.dls.valid.one_batch())[1].boxes is None
     plt.close("all")
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("squash", [True, False])
+def test_a_picture_is_drawn_as_wide_as_it_is(tmp_path, monkeypatch, squash, shuffle):
+    "Whatever the order: wide pictures are red, high ones blue. What was cropped is a square."
+    for i in range(24):
+        file = tmp_path / "ab"[i % 2] / f"{i}.png"
+        file.parent.mkdir(exist_ok=True)
+        Image.new("RGB", [(80, 40), (40, 90)][i % 3 == 0], [(255 - i, 0, 0), (0, 0, 255 - i)][i % 3 == 0]).save(file)
+    dls = FocusDataLoaders.from_folder(tmp_path, image_size=48, bs=4, num_workers=0, valid_pct=.4, squash=squash)
+    learn, drawn = focus_learner(dls, "toy_resnet", pretrained=False), []
+    monkeypatch.setattr("fd_focus.training.learner.plot_focus", lambda x, *args, **options: drawn.append((x, options)))
+    own = learn.dls.test_dl(list(learn.dls.valid.items), with_labels=True)
+    for ds_idx, dl in ((0, None), (1, None), (1, own)): learn.show_results(ds_idx, dl, shuffle=shuffle)
+    assert "get_idxs" not in vars(own)
+    with learn.no_bar(): FocusInterpretation.from_learner(learn).plot_top_losses(5)
+    assert [len(x) for x, _ in drawn] == [4, 4, 4, 5]
+    for x, options in drawn:
+        blue = (x[:, 2] > x[:, 0]).float().mean((1, 2)) > .5
+        assert options["shapes"] == ([(90, 40) if one else (40, 80) for one in blue] if squash else None)
 
 
 VARIANTS = [dict(attention="single"), dict(hybrid=False), dict(m=0, l=0), dict(answer="ensemble"),

@@ -1,15 +1,19 @@
 "Recipes beside fastai's own callbacks, and what they leave on the learner."
+import numpy as np
 import pytest
 import torch
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation
 
 from fd_focus.data.loaders import FocusDataLoaders
+from fd_focus.training import run
 from fd_focus.training.learner import focus_learner
 from fd_focus.training.optimizer import fused_adamw
 from fd_focus.training.recipes import AverageWeights, ValidateEvery
+from fd_focus.training.run import make_learner
+from fd_focus.training.settings import Settings, resolve
 from fd_focus.training.watch import EpochParts
 
 
@@ -74,6 +78,32 @@ def test_every_step_has_the_rate_of_the_recipe(dls, how, lrs):
     assert len(rates.rates) == 6
     places = (0, 2, 3) if how == "fit_paper" else (0, 3)
     for place, expected in zip(places, lrs): assert rates.rates[place] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("recipe", ["one_cycle", "modern"])
+def test_deep_layers_learn_faster(recipe):
+    "Each layer at a share of the next one's rate, all through the schedule; after two steps it has moved by less."
+    s = resolve(Settings(arch="toy_resnet", arch_kwargs=dict(widths=(8, 16, 32)), image_size=48, epochs=2, bs=8,
+                         n_classes=4, images_per_class=4, recipe=recipe, layer_decay=.1, method="plain", wd=0.))
+    learn, read = make_learner(s), ReadRates()
+    before = [[p.detach().clone() for p in group] for group in learn.opt.param_lists]
+    with learn.no_bar(), learn.no_logging(): run._fit(learn, s, [read, StopAfter(2)])
+    moved = [max((p.detach() - old).abs().max().item() for p, old in zip(*pair))
+             for pair in zip(learn.opt.param_lists, before)]
+    assert len(moved) == 5 and all(low < high / 3 for low, high in zip(moved[:3], moved[1:4]))
+    np.testing.assert_allclose(np.array(read.rates) / np.array(read.rates)[:, -1:], [[.001, .01, .1, 1, 1]] * 2)
+
+
+class ReadRates(Callback):
+    order = 70           # after the schedule
+    def before_fit(self): self.rates = []
+    def before_step(self): self.rates.append([h["lr"] for h in self.opt.hypers])
+
+
+class StopAfter(Callback):
+    def __init__(self, steps): self.steps = steps
+    def after_batch(self):
+        if self.training and self.train_iter == self.steps: raise CancelFitException
 
 
 def test_a_validation_that_is_left_out_takes_no_time(dls):

@@ -161,7 +161,8 @@ def test_killed_at_random_points(whole, start, finish, tmp_path, seed):
 
 
 @pytest.mark.parametrize("settings", [dict(recipe="modern", ema=.9, mixup=.2, keep_best=True), pytest.param(
-    dict(recipe="paper", method="random_regions"), marks=pytest.mark.slow)])
+    dict(recipe="paper", method="random_regions"), marks=pytest.mark.slow), pytest.param(
+    dict(layer_decay=.5, arch_kwargs=dict(widths=[8, 16])), marks=pytest.mark.slow)])
 def test_every_recipe(start, finish, tmp_path, settings):
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump({**TINY, **settings}))
     config, out = str(tmp_path / "settings.yaml"), tmp_path / "run"

@@ -56,6 +56,10 @@ def test_names_are_said_once():
     (dict(input_size=32), "smaller than image_size=448"),
     (dict(balance=True, valid_pct=.1), "valid_pct, balance: for pictures"),
     (dict(data="photos", split="test", n_classes=3), "split, n_classes: for toy birds, not for data='photos'"),
+    (dict(layer_decay=0.), "layer_decay=0.0; use a share above 0, such as 0.75"),
+    (dict(layer_decay=1.5), "1: the whole body learns alike"),
+    (dict(layer_decay=.75, recipe="paper"), "layer_decay is for recipe='one_cycle' or 'modern'"),
+    (dict(arch_kwargs=dict(pretrained=True, depth=2)), "arch_kwargs: pretrained is a setting of its own"),
     (dict(recipe="cosine"), "recipe='cosine' is none of 'one_cycle', 'modern', 'paper'"),
     (dict(log="paper"), "log='paper' is none of"),
     (dict(amp="fp8"), "amp='fp8' is none of"),
@@ -208,6 +212,14 @@ def test_flags_say_what_python_says(values):
     assert parse(PARSER, words) == spoken
     assert make_settings(yaml.safe_load(yaml.safe_dump(values))) == Settings(**values)
     assert replace(Settings(**values)) == Settings(**values)
+
+
+def test_arguments_of_the_body_are_a_table(tmp_path):
+    typed = parse(PARSER, "--arch_kwargs drop_path_rate=0.1 depth=2 --layer_decay 0.75".split())
+    typed.pop("out", None)
+    s = make_settings(typed)
+    assert (s.arch_kwargs, s.layer_decay) == (dict(drop_path_rate=.1, depth=2), .75)
+    assert Settings(**read_settings(write_settings(s, tmp_path))) == s == resolve(s).__class__(**asdict(s))
 
 
 def test_a_file_of_an_earlier_version_is_read(tmp_path):

@@ -12,7 +12,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pandas as pd
@@ -204,13 +204,34 @@ class LossPart(Metric):
         if not getattr(self.source, "counts", {}).get(self.part): return math.nan    # not trained yet
         return float(self.source.sums[self.part]) / self.source.counts[self.part]
 
+# %% ../../nbs/30_learner.ipynb #30_learner_132
+@patch
+def shapes_of(self: FocusLearner,
+    dl,                                   # a loader of `dls`
+    indices: list[int],                   # of its items
+) -> list[tuple[int, int]] | None:        # (height, width) each; None where no picture is squashed
+    "Sizes of the photographs, for figures that undo the squashing."
+    squashed = (getattr(self.dls, "geometry", None) or (0, False))[1]
+    return [self.dls.photograph(dl.items[i]).size[::-1] for i in indices] if squashed else None
+
+@contextmanager
+def _drawing(dl):
+    "Within it, the order in which a loader gives its items is noted in a list."
+    drawn, draw = [], dl.get_idxs
+    def noting():
+        drawn[:] = draw()
+        return list(drawn)
+    dl.get_idxs = noting
+    try: yield drawn
+    finally: del dl.get_idxs
+
 # %% ../../nbs/30_learner.ipynb #30_learner_106
 @patch
 def show_results(self: FocusLearner, ds_idx=1, dl=None, max_n=6, shuffle=True, **kwargs):
     "Pictures titled 'true / predicted' (green where right), with what the method has: top-4 regions, attention."
     dl = self.dls[ds_idx].new(shuffle=shuffle) if dl is None else dl
-    x, y = (part[:max_n] for part in dl.one_batch()[:2])
-    look = look_at(self, x)
+    with _drawing(dl) as drawn: x, y = (part[:max_n] for part in dl.one_batch()[:2])
+    look, kwargs = look_at(self, x), dict(shapes=self.shapes_of(dl, drawn[:len(x)])) | kwargs
     guess, truth = look.answer.argmax(1).tolist(), y.tolist()
     titles = [f"{self.dls.vocab[t]} /\n{self.dls.vocab[g]}" for t, g in zip(truth, guess)]
     colours = ["green" if t == g else "red" for t, g in zip(truth, guess)]
@@ -225,6 +246,7 @@ class FocusInterpretation(ClassificationInterpretation):
         x, probabilities, targets, guesses, _ = self[indices]
         titles = [f"{self.vocab[t]} /\n{self.vocab[g]}\nloss {loss:.2f}, p {p.max():.2f}"
                   for t, g, loss, p in zip(targets, guesses, losses, probabilities)]
+        kwargs = dict(shapes=self.learn.shapes_of(self.dl, indices.tolist())) | kwargs
         return plot_focus(to_pixels(self.dl, x), look_at(self.learn, x), titles, **kwargs)
 
 # %% ../../nbs/30_learner.ipynb #70_learner_see
@@ -261,9 +283,9 @@ def _image_size(dls: DataLoaders) -> tuple[int, int] | int:
         with own_random(0), torch.random.fork_rng(): return tuple(dls.one_batch()[0].shape[2:])
     finally: dls.train.rng = kept
 
-def _preset(name: str | None, known: tuple, size: int | tuple[int, int], fixed: bool) -> dict:
+def _preset(name: str | dict | None, known: tuple, size: int | tuple[int, int], fixed: bool) -> dict:
     "Options of a preset; `size` is the first look's if `fixed`, else that of the pictures that regions are cut from."
-    if name is None: return {}
+    if name is None or isinstance(name, dict): return dict(name or {})
     if name not in PRESETS: raise ValueError(f"preset={name!r} is not one of {', '.join(map(repr, PRESETS))} or None")
     method = "focus" if "look_again_below" in known else "nts" if "zoom_size" in known else "plain"
     half = tuple(side // 2 for side in _pair(size))
@@ -285,6 +307,18 @@ def _columns(net: Method, loss: FocusLoss) -> list[Metric]:
     terms = net.terms + ("distill",) * bool(loss.distill and net.terms)
     return [HeadAccuracy(head) for head in net.heads] + [LossPart(term) for term in terms]
 
+# %% ../../nbs/30_learner.ipynb #30_learner_130
+def _body(arch, pretrained: bool, weights, cut, arch_kwargs: dict | None) -> tuple[nn.Module, tuple | None]:
+    "A body, and the (mean, std) of its input where they are known."
+    if not isinstance(arch, nn.Module):
+        try: return create_body(arch, pretrained, weights, cut, **(arch_kwargs or {}))
+        except TypeError as error:
+            if not arch_kwargs: raise
+            raise ValueError(f"arch={arch!r} cannot be made with {arch_kwargs}: {error}") from error
+    if weights is None and cut is None and not arch_kwargs: return arch, None
+    raise ValueError("weights, cut and arch_kwargs are for the name of an architecture; load or cut a body of your own "
+                     "before")
+
 # %% ../../nbs/30_learner.ipynb #70_learner015_2
 def focus_learner(
     dls: DataLoaders,                   # pictures and one category each; `FocusDataLoaders` or any image DataLoaders
@@ -294,13 +328,15 @@ def focus_learner(
     weights: str | Path | None = None,  # a state dict for the body to start from instead
     cut: int | str | None = None,       # where to end the body
     image_size: int | tuple[int, int] | None = None,   # side of the first look; None: the preset's, or that of a batch
-    preset: str | None = "photos",      # defaults for the method's options (notebook 19); 'paper' or None: its own
+    preset: str | dict | None = "photos",   # defaults for the method's options (notebook 19); 'paper', None: its own
     label_smoothing: float = 0.,
     loss_func: Callable | None = None,  # None: FocusLoss; any loss of logits is used for every head
     metrics: list | None = None,        # after accuracy; None: those of each head and the terms of the loss
     normalize: bool = True,             # with the arch's mean and std, unless `dls` normalises already
     opt_func: Callable = fused_adamw,   # any of fastai's optimisers, or one of PyTorch's (notebook 29)
     heads_every: int = 0,               # epochs between looks at every head; 0: after the last one only
+    splitter: Callable = body_and_heads,    # parameter groups; `layers_and_heads`: one a layer (notebook 29)
+    arch_kwargs: dict | None = None,    # for timm's `create_model`, such as drop_path_rate; or a function of your own
     cbs: list | None = None,
     **kwargs,                           # the method's arguments (m=4, ...); the rest is for `Learner` (wd, path, ...)
 ) -> FocusLearner:
@@ -308,11 +344,9 @@ def focus_learner(
     n_classes = getattr(dls, "c", None)
     if not n_classes or n_classes < 2:
         raise ValueError(f"dls has {n_classes or 'no'} class(es); a classifier needs at least 2")
-    if isinstance(arch, nn.Module) and (weights is not None or cut is not None):
-        raise ValueError("weights and cut are for the name of an architecture; load or cut a body of your own before")
     size = _image_size(dls) if image_size is None else image_size
     known = method_options(METHODS[method] if isinstance(method, str) else method)
-    body, stats = (arch, None) if isinstance(arch, nn.Module) else create_body(arch, pretrained, weights, cut)
+    body, stats = _body(arch, pretrained, weights, cut, arch_kwargs)
     chosen = _preset(preset, known, size, image_size is not None)
     if "zoom_size" in chosen: chosen["zoom_size"] = nearest_size(body, _pair(chosen["zoom_size"]))    # of patches
     options = {"image_size": size} | {name: chosen[name] for name in known if name in chosen}
@@ -321,7 +355,7 @@ def focus_learner(
     if normalize and stats: dls = _normalised(dls, stats, arch)
     loss = _loss(loss_func, net, label_smoothing, chosen.get("distill", 0.))
     own = [StopOnNaN(), SmoothOnDevice(), LossParts(), *net.callbacks()]
-    learn = FocusLearner(dls, net, loss_func=loss, opt_func=opt_func, splitter=body_and_heads, cbs=own + list(L(cbs)),
+    learn = FocusLearner(dls, net, loss_func=loss, opt_func=opt_func, splitter=splitter, cbs=own + list(L(cbs)),
                          metrics=[accuracy, *L(_columns(net, loss) if metrics is None else metrics)], **kwargs)
     shown = (EpochBars if sys.stdout.isatty() else SeldomBars) if _moves(sys.stdout) else EpochLines
     learn.remove_cb(ProgressCallback).add_cb(shown())

@@ -18,6 +18,7 @@ from fastai.callback.tracker import SaveModelCallback
 from fastcore.basics import patch
 from fastcore.foundation import L
 
+from .layers import layer_rates
 from .learner import FocusLearner
 from .optimizer import fused_sgd
 
@@ -66,11 +67,12 @@ def fit_modern(self: FocusLearner,
     warm: float = 0.1,            # share of the run with a rising learning rate
     ema: float | None = None,     # decay of a moving average of the weights, 0.99 say
     mixup: float = 0.,            # strength (alpha) of MixUp; 0 is none
+    layer_decay: float = 1.,      # a layer's rate as a share of the next one's, where groups are layers (notebook 29)
     cbs=None, start_epoch: int = 0,
 ) -> None:
     "Train end to end: warm-up and cosine with the learner's optimiser (AdamW by default)."
     self.unfreeze()
-    lrs = np.array([lr * body_lr, lr])
+    lrs = layer_rates(len(self.opt.param_lists) - 1, lr, body_lr, layer_decay)
     extra = ([AverageWeights(ema)] if ema else []) + ([MixUp(mixup)] if mixup else [])
     schedule = ParamScheduler({"lr": WarmCosine(lrs, warm)})
     self.fit(n_epoch, wd=wd, cbs=[schedule, *extra, *L(cbs)], start_epoch=start_epoch)

@@ -33,10 +33,12 @@ from ..data.names import short_names
 from ..draw import plot_focus
 from ..loss import FocusLoss
 from ..methods import METHODS, method_options
+from ..presets import PRESETS
 from . import recipes    # which patches fit_paper and fit_modern into FocusLearner
 from .checkpoint import Checkpoint, KeepBest, _own, stoppable
 from .checkpoint import random_state, set_random_state
-from .learner import FocusLearner, focus_learner, history
+from .layers import layer_rates, layers_and_heads
+from .learner import FocusLearner, body_and_heads, focus_learner, history
 from .machine import alone, put, put_bytes
 from .settings import CHANGE_NOTHING, FOLDER_SETTINGS, Settings, method_arguments, resolve
 from .settings import write_settings
@@ -75,6 +77,12 @@ def _seed(s: Settings) -> None:
     set_seed(s.seed)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = s.deterministic, not s.deterministic
 
+def _zoom_of_preset(s: Settings, options: dict) -> dict:
+    "The zoom, taken out of the options, where it is the preset's: `focus_learner` makes it one that the body takes."
+    preset = PRESETS["photos"](s.method, s.image_size).get("zoom_size")
+    if preset is None or options.get("zoom_size") != preset: return {}
+    return {"zoom_size": options.pop("zoom_size")}
+
 def make_learner(settings: Settings) -> FocusLearner:
     "Data and learner of a run, seeded. ValueError for settings that the data or the method does not take."
     s, takes = resolve(settings), method_options(METHODS[settings.method])
@@ -82,13 +90,16 @@ def make_learner(settings: Settings) -> FocusLearner:
     if s.input_size and "zoom_size" not in takes:
         raise ValueError(f"input_size={s.input_size}: method {s.method!r} cuts no regions; use image_size")
     if num_distrib() > 1 and torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    zoom = _zoom_of_preset(s, options)
     _seed(s)
     dls = make_loaders(s)
     _seed(s)
     dls.train.rng.seed(s.seed)
     loss = FocusLoss(head_weights=s.head_weights, label_smoothing=s.label_smoothing, distill=s.distill)
     body = s.arch, s.method, s.pretrained, s.weights, s.cut
-    learn = focus_learner(dls, *body, preset=None, loss_func=loss, wd=s.wd, heads_every=s.heads_every, **options)
+    learn = focus_learner(dls, *body, preset=zoom, loss_func=loss, wd=s.wd, heads_every=s.heads_every,
+                          splitter=layers_and_heads if s.layer_decay else body_and_heads, arch_kwargs=s.arch_kwargs,
+                          **options)
     if s.head_weights: _check_head_weights(s.head_weights, learn.model)
     learn.unfreeze()
     return speed_up(learn, s.channels_last, s.amp, s.compile, s.checkpointing, s.accumulate)
@@ -111,9 +122,12 @@ def _sharing(learn: FocusLearner):
 # %% ../../nbs/36_run.ipynb #72_run007a6
 def _fit(learn: FocusLearner, s: Settings, cbs: list) -> None:
     "Train by the recipe of resolved settings."
+    lrs, decay = slice(s.lr * s.body_lr, s.lr), s.layer_decay or 1.
+    if s.layer_decay: lrs = layer_rates(len(learn.opt.param_lists) - 1, s.lr, s.body_lr, decay)
     if s.recipe == "paper": learn.fit_paper(s.epochs, s.lr, s.body_lr, s.wd, cbs=cbs)
-    elif s.recipe == "modern": learn.fit_modern(s.epochs, s.lr, s.body_lr, ema=s.ema, mixup=s.mixup, cbs=cbs)
-    else: learn.fit_one_cycle(s.epochs, slice(s.lr * s.body_lr, s.lr), cbs=cbs)
+    elif s.recipe == "modern": learn.fit_modern(s.epochs, s.lr, s.body_lr, ema=s.ema, mixup=s.mixup, layer_decay=decay,
+                                                cbs=cbs)
+    else: learn.fit_one_cycle(s.epochs, lrs, cbs=cbs)
 
 # %% ../../nbs/36_run.ipynb #72_run010b
 def log_callback(
@@ -245,18 +259,16 @@ def _classes(dataset) -> list[int]: return [int(label) for label in dataset.tls[
 def regions_figure(learn: FocusLearner, k: int = 12):
     """`k` validation pictures, spread over the classes, with regions and attention, titled by prediction.
     None where a method has neither."""
-    items, rows = list(learn.dls.valid_ds.items), spread(_classes(learn.dls.valid_ds), k)
-    chosen = [items[i] for i in rows]
+    rows = spread(_classes(learn.dls.valid_ds), k)
+    chosen = [learn.dls.valid_ds.items[i] for i in rows]
     x, y = learn.dls.test_dl(chosen, with_labels=True, bs=k, num_workers=0).one_batch()
     pictures, look = learn.see(x)
     if look.boxes is None and look.attention is None: return None
     names = list(short_names(learn.dls.vocab).values())
     guessed, true = ([names[i] for i in indices.tolist()] for indices in (look.answer.argmax(1), y))
     titles = [g if g == t else f"{g}\n(is {t})" for g, t in zip(guessed, true)]
-    squashed = (getattr(learn.dls, "geometry", None) or (0, False))[1]
-    shapes = [learn.dls.photograph(item).size[::-1] for item in chosen] if squashed else None     # of the photographs
     colours = ["green" if g == t else "red" for g, t in zip(guessed, true)]
-    return plot_focus(pictures, look, titles, colours, shapes=shapes)
+    return plot_focus(pictures, look, titles, colours, shapes=learn.shapes_of(learn.dls.valid, rows))
 
 # %% ../../nbs/36_run.ipynb #72_run012f
 def save_figure(file: Path, draw: Callable) -> None:

@@ -70,6 +70,7 @@ class BodySettings:
     cut: int | str | None = setting(None, "end the body after so many layers, or after the layer of this name")
     weights: str | None = setting(None, "file of weights the body starts from")
     pretrained: bool | None = setting(None, "start from ImageNet's weights; not given: for a folder of pictures, yes")
+    arch_kwargs: dict | None = setting(None, "arguments for timm's model, name=value ..., such as drop_path_rate=0.1")
 
 # %% ../../nbs/35_settings.ipynb #35_settings_075
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ class RecipeSettings:
     epochs: int = setting(15, "passes over the training pictures")
     lr: float | None = setting(None, "peak learning rate of the heads; not given: the recipe's, 0.004 or paper 0.01")
     body_lr: float | None = setting(None, "the body's, as a share of it; not given: 0.1 with weights, 1 from scratch")
+    layer_decay: float | None = setting(None, "a layer's rate as a share of the next one's, such as 0.75; not given: "
+                                              "the whole body learns alike")
     wd: float | None = setting(None, "weight decay; not given: the recipe's, 0.01 or the paper's 0.0005")
     bs: int = setting(32, "pictures a batch, of all processes together")
     seed: int = setting(0, "of the first weights, the order of the pictures and their augmentation")
@@ -164,7 +167,8 @@ def _check_together(s) -> None:
     "ValueError for values that make no sense, alone or with others."
     others, kind = (FOLDER_SETTINGS, "pictures in a folder") if s.data == "toy" else (TOY_SETTINGS, "toy birds")
     wrong = [name for name in others if getattr(s, name) != s.__dataclass_fields__[name].default]
-    twice = sorted(set(s.options or ()) & set(s.__dataclass_fields__))
+    taken = set(s.__dataclass_fields__)
+    twice = {name: ", ".join(sorted(set(getattr(s, name) or ()) & taken)) for name in ("options", "arch_kwargs")}
     not_modern = s.recipe != "modern" and (s.ema or s.mixup)
     shares = {name: getattr(s, name) for name in ("valid_pct", "test_pct")}
     shares = [f"{name}={share}" for name, share in shares.items() if share is not None and not 0 < share < 1]
@@ -186,7 +190,11 @@ def _check_together(s) -> None:
         (s.look_again is not None and not 0 <= s.look_again <= 1,
          f"look_again={s.look_again}; use a share from 0 to 1, or such as 10%"),
         (s.look_again is not None and s.answer != "adaptive", "look_again is for answer='adaptive'"),
-        (twice, f"options: {', '.join(twice)} is a setting of its own; write it as one"),
+        *((own, f"{name}: {own} is a setting of its own; write it as one") for name, own in twice.items()),
+        (s.layer_decay is not None and not 0 < s.layer_decay <= 1,
+         f"layer_decay={s.layer_decay}; use a share above 0, such as 0.75; 1: the whole body learns alike"),
+        (s.layer_decay is not None and s.recipe == "paper",
+         "layer_decay is for recipe='one_cycle' or 'modern': the paper's has one rate for the body"),
     ):
         if bad: raise ValueError(message)
 

@@ -38,7 +38,14 @@ def _looks(net, s: Settings) -> str:
     "What the method looks at."
     first = f"{s.image_size} pixels"
     if not getattr(net, "m", 0): return first
-    return f"{first}, then {net.m} regions" + (f" of pictures of {s.input_size}" if s.input_size else "")
+    larger = f" of pictures of {s.input_size}" if s.input_size else ""
+    return f"{first}, then {net.m} regions{larger}{_zoom(net, s)}"
+
+def _zoom(net, s: Settings) -> str:
+    "A word about a zoom that is not the preset's, as the body does not take that."
+    zoom = getattr(net, "zoom_size", None)
+    if s.zoom_size is None or zoom is None or zoom == (s.zoom_size, s.zoom_size): return ""
+    return f", zoomed to {zoom[0]} pixels, as this body takes no {s.zoom_size}"
 
 # %% ../../nbs/65_report.ipynb #65_report_020
 def _machine(learn, s: Settings) -> str:
