@@ -26,7 +26,7 @@ from ..training.checkpoint import _from_all
 from ..training.recipes import AverageWeights
 
 # %% ../../nbs/46_probe.ipynb #46_probe_058
-STRENGTHS = tuple(10. ** power for power in range(-5, 2))      # values of C to choose from
+STRENGTHS = tuple(10. ** power for power in range(-4, 3))      # values of C to choose from
 
 def strength_losses(
     features: np.ndarray,   # (N,n) standardised
