@@ -194,7 +194,7 @@ def _trained(s: Settings, bar: bool, say: Callable, out=None, checkpoint: Checkp
     "What `train` gives, from resolved settings; `checkpoint` saves the run in `out`, and goes on from its state."
     cbs, learn, parts = _callbacks(s, out), make_learner(s), EpochParts()
     say(learn)
-    if checkpoint and checkpoint.state: checkpoint.check(learn, s.epochs)
+    if checkpoint and checkpoint.state: checkpoint.check(learn)
     elif checkpoint and rank_distrib() == 0: write_settings(s, out)     # once data and network are there
     quiet, start = [] if bar else [learn.no_bar(), learn.no_logging()], time.perf_counter()
     with ExitStack() as stack:
