@@ -155,7 +155,7 @@ def from_files(folder: Path, arch: str, image_size: int, bs: int, device: str) -
         return learn
     learn, nts = learner("focus"), learner("nts")
     net, ours = learn.model, learn.dls.train
-    theirs = reference_loader(folder / "train", image_size, bs, ours.num_workers, device)
+    theirs = reference_loader(folder / "train", image_size, bs, ours.fake_l.num_workers, device)
     opt, step = fused_adam(net), training_step(net, bs)
     return {"fd_focus": lambda: fit_quietly(learn, 1, TrainOnly()),
             "NavigatorNet": lambda: fit_quietly(nts, 1, TrainOnly()),
