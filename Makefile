@@ -5,10 +5,10 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 export MPLBACKEND ?= agg
 
-.PHONY: setup demo test test-slow test-gpu test-newest readme lint sync nbtest pytest clean
+.PHONY: setup demo test test-slow test-gpu test-newest test-lowest readme lint sync nbtest pytest release clean
 
 setup: $(STAMP)
-$(STAMP): settings.ini setup.py
+$(STAMP): pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
 	touch $@
@@ -58,5 +58,20 @@ test-newest:
 	$(NEWEST)/bin/python -m pip install -q --disable-pip-version-check --upgrade . 'fastai<3' 'fastcore>=2'
 	cd tests && ../$(NEWEST)/bin/python newest.py
 
+# The oldest versions that pyproject.toml allows; uv can ask for them, pip cannot. They need Python 3.11.
+LOWEST := .venv-lowest
+test-lowest:
+	test -x $(LOWEST)/bin/uv || { $(PYTHON) -m venv $(LOWEST) && $(LOWEST)/bin/python -m pip install -q uv; }
+	VIRTUAL_ENV=$(LOWEST) $(LOWEST)/bin/uv pip install -q --resolution lowest-direct --reinstall-package fd_focus .
+	cd tests && ../$(LOWEST)/bin/python newest.py lowest
+
+# Source distribution, and the wheel made from it, tried in an empty folder and a fresh environment: dist/.
+release: setup
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(if $(TAG),test -e dist/fd_focus-$(TAG:v%=%).tar.gz || { echo "$(TAG) is not the version in settings.ini"; exit 1; })
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python tests/release.py dist/*.whl
+
 clean:
-	rm -rf build dist *.egg-info runs .venv-newest
+	rm -rf build dist *.egg-info runs _docs _proc .venv-newest .venv-lowest

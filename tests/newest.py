@@ -1,4 +1,5 @@
-"Train, predict and save under the newest fastai; run by `make test-newest` in its own environment."
+"Train, predict and save under the newest or lowest versions; run by `make test-newest` and `make test-lowest`."
+import sys
 import tempfile
 import warnings
 from importlib.metadata import version
@@ -10,7 +11,9 @@ warnings.filterwarnings("ignore")
 from fd_focus.all import Settings, load_focus, save_focus   # noqa: E402
 from fd_focus.training.run import train   # noqa: E402
 
-assert int(version("fastcore").split(".")[0]) >= 2, "this environment does not hold fastcore 2"
+lowest, fastcore = "lowest" in sys.argv, int(version("fastcore").split(".")[0])
+assert lowest or fastcore >= 2, "this environment does not hold fastcore 2"
+assert not lowest or version("torch").startswith("2.6"), "this environment does not hold the lowest torch"
 settings = Settings(arch="toy_resnet", image_size=64, images_per_class=8, n_classes=4, epochs=2, bs=8)
 learn, table, summary = train(settings, bar=False)
 assert torch.isfinite(torch.tensor(table.train_loss.tolist())).all()

@@ -1,37 +1,123 @@
-"A wheel that installs without the tools of development, and a README that says what the notebooks say."
+"A release that installs without the tools of development, and a README that says what the notebooks say."
 import ast
+import json
 import re
 import subprocess
 import sys
+import tarfile
+import tomllib
 import zipfile
 from configparser import ConfigParser
+from importlib.metadata import PathDistribution
 from pathlib import Path
 
+import fd_focus
+import pytest
+import yaml
 from make_readme import readme
+from release import try_wheel
 
 root = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 def test_readme_is_made_from_the_index():
     assert (root / "README.md").read_text() == readme()
 
 
-def test_wheel_holds_every_module_and_imports_without_nbdev(tmp_path):
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, root]
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    "Folder with the source distribution and the wheel that is made from it."
+    folder = tmp_path_factory.mktemp("dist")
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, root]
     subprocess.run(build, check=True, capture_output=True)
-    wheel = next(tmp_path.glob("*.whl"))
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {p.relative_to(root).as_posix() for p in (root / "fd_focus").rglob("*.py")} <= set(names)
-    assert any(name.endswith("entry_points.txt") for name in names)
-    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    script = ("import sys; sys.modules['nbdev'] = sys.modules['execnb'] = None\n"      # importing them would fail
-              "import fd_focus.all, fd_focus.use.cli; assert 'site' in fd_focus.all.__file__")
-    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, cwd=tmp_path / "site")
+    return folder
+
+
+def test_wheel_holds_every_module_and_nothing_else(built):
+    names = set(zipfile.ZipFile(next(built.glob("*.whl"))).namelist())
+    modules = {p.relative_to(root).as_posix() for p in (root / "fd_focus").rglob("*.py")} - {"fd_focus/_modidx.py"}
+    assert {name for name in names if ".dist-info/" not in name} == modules | {"fd_focus/py.typed"}
+    with tarfile.open(next(built.glob("*.tar.gz"))) as source:
+        inside = {name.partition("/")[2] for name in source.getnames()}
+    assert {"pyproject.toml", "settings.ini", "setup.py", "CITATION.cff", "CHANGELOG.md", "LICENSE"} <= inside
+    assert not [name for name in inside if name.startswith(("tests", "nbs", "results"))]
+
+
+def test_metadata_says_what_the_project_says(built):
+    zipfile.ZipFile(next(built.glob("*.whl"))).extractall(built / "site")
+    found = PathDistribution(next((built / "site").glob("*.dist-info")))
+    assert (found.name, found.version) == (PROJECT["name"], fd_focus.__version__)
+    assert found.metadata["License-Expression"] == "Apache-2.0" and found.metadata["Requires-Python"] == ">=3.11"
+    assert set(found.metadata.get_all("Provides-Extra")) == set(PROJECT["optional-dependencies"])
+    assert {entry.name: entry.value for entry in found.entry_points} == PROJECT["scripts"]
+    links = re.findall(r"\]\(([^)]+)\)", found.metadata.get_payload())
+    assert links and all(link.startswith(("https://", "#")) for link in links), "a page of PyPI has no files beside it"
+
+
+@pytest.mark.slow
+def test_wheel_works_in_an_empty_folder(built):
+    found = try_wheel(next(built.glob("*.whl")))
+    assert found["version"] == fd_focus.__version__ and not found["index"]
+    assert set(found["commands"]) == set(PROJECT["scripts"])
+
+
+def settings_ini() -> dict:
+    config = ConfigParser(delimiters=["="])
+    config.read(root / "settings.ini", encoding="utf-8")
+    return config["DEFAULT"]
+
+
+def test_settings_of_nbdev_agree_with_the_project():
+    "The version stands in settings.ini alone, what pip needs in pyproject.toml alone; the rest is the same in both."
+    nbdev = settings_ini()
+    assert nbdev["version"] == fd_focus.__version__, "run nbdev_export: it writes the version into the package"
+    assert nbdev["lib_name"] == PROJECT["name"] and nbdev["description"] == PROJECT["description"]
+    assert PROJECT["requires-python"] == f">={nbdev['min_python']}" and PROJECT["urls"]["Source"] == nbdev["git_url"]
+    assert PROJECT["authors"] == [dict(name=nbdev["author"], email=nbdev["author_email"])]
+    assert PROJECT["urls"]["Homepage"] == nbdev["doc_host"] + nbdev["doc_baseurl"]
+    twice = [key for key in nbdev if key.endswith("requirements") or key == "console_scripts"]
+    assert not twice, f"{twice} of settings.ini belong into pyproject.toml"
+
+
+def test_every_command_is_installed():
+    import fd_focus.use.cli as cli
+    assert {name for name in vars(cli) if name.startswith("fd_focus_")} == set(PROJECT["scripts"])
+
+
+def test_changes_name_the_version():
+    "The topmost heading is this version, or one that is not released yet, above it."
+    heads = re.findall(r"^## (\S+)(.*)$", (root / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    versions = [version for version, note in heads if "not released" not in note]
+    assert len(heads) - len(versions) <= 1 and versions[0] == fd_focus.__version__
+    citation = yaml.safe_load((root / "CITATION.cff").read_text(encoding="utf-8"))
+    assert str(citation["version"]) == fd_focus.__version__ and citation["license"] == PROJECT["license"]
+
+
+WORKFLOWS = sorted((root / ".github" / "workflows").glob("*.yml"))
+
+
+YAML = [*sorted(root.glob(".github/**/*.yml")), root / ".pre-commit-config.yaml", root / "CITATION.cff"]
+
+
+@pytest.mark.parametrize("path", YAML, ids=lambda path: path.name)
+def test_yaml_can_be_read(path):
+    assert yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def test_workflows_run_what_make_runs():
+    targets = set(re.findall(r"^([a-z-]+):", (root / "Makefile").read_text(encoding="utf-8"), re.M))
+    called = set()
+    for path in WORKFLOWS:
+        for job in yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"].values():
+            lines = [line for step in job["steps"] for line in step.get("run", "").splitlines()]
+            assert all(line.startswith("make ") for line in lines), f"{path.name}: {lines}"
+            called |= {line.split()[1] for line in lines}
+    assert called == {"test", "demo", "test-newest", "test-lowest", "release"} and called <= targets
 
 
 def test_no_machine_is_in_saved_outputs():
     "Paths of the machine that ran a notebook, and warnings with them, are not for readers."
-    import json
     wrong = []
     for file in sorted((root / "nbs").rglob("*.ipynb")):
         for cell in json.loads(file.read_text())["cells"]:
@@ -55,13 +141,12 @@ def imported(tree) -> set[str]:
 def test_what_is_imported_is_declared():
     "At the head of a module by the package itself (or by the extra that the module is for), within functions by any."
     called = dict(PIL="pillow", yaml="pyyaml", pillow_heif="pillow-heif", IPython="ipython")
-    config = ConfigParser(delimiters=["="])
-    config.read(root / "settings.ini", encoding="utf-8")
-    declared = {key: set(re.findall(r"([a-z_-]+)[^ ]*", words)) for key, words in config["DEFAULT"].items()
-                if key.endswith("requirements")}
+    names = lambda words: {re.match(r"[\w-]+", word)[0] for word in words}
+    package, extras = names(PROJECT["dependencies"]), PROJECT["optional-dependencies"]
+    anybody = package.union(*map(names, extras.values()))
     for module in (root / "fd_focus").rglob("*.py"):
-        tree, own = ast.parse(module.read_text(encoding="utf-8")), declared.get(f"{module.stem}_requirements", set())
+        tree, own = ast.parse(module.read_text(encoding="utf-8")), names(extras.get(module.stem, []))
         head = {called.get(name, name) for name in imported(tree.body)}
-        assert not head - declared["requirements"] - own, module.name
+        assert not head - package - own, module.name
         anywhere = {called.get(name, name) for name in imported(ast.walk(tree))} - {"wandb"}     # asked for by name
-        assert not anywhere - set().union(*declared.values()), module.name
+        assert not anywhere - anybody, module.name
