@@ -95,8 +95,9 @@ def plot_worth(
         style = dict(fmt="o", color="grey") if name in rivals else dict(fmt="s", color="C1")
         ax.errorbar(cost[name], table.accuracy[name], np.nan_to_num(table.sd[name]), capsize=3, **style)
         left = cost[name] > (cost.min() + cost.max()) / 2           # the text stays inside
-        ax.annotate(text, (cost[name], table.accuracy[name]), (-7 if left else 7, -11), textcoords="offset points",
-                    fontsize=8, ha="right" if left else "left")
+        place = -7 if left else 7, 5 if name == everybody else -11
+        ax.annotate(text, (cost[name], table.accuracy[name]), place, textcoords="offset points", fontsize=8,
+                    ha="right" if left else "left")
     ax.set(xlabel="multiply-adds of an answer, plain = 1", ylabel="accuracy, %")
     ax.margins(x=.12, y=.12); ax.grid(alpha=.3); ax.legend(fontsize=8, loc="lower right")
     return ax.figure
