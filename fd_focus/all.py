@@ -18,6 +18,7 @@ from .rivals.boost import BoostNet, boosting_weights
 from .rivals.macnn import ChannelPartsNet, compactness, diversity
 from .rivals.nts import NavigatorNet, ranking_loss
 from .rivals.partnet import PartNet, part_detection_probability
+from .rivals.probe import NearestNet, ProbeNet
 from .rivals.racnn import ZoomInNet, scale_ranking_loss
 from .loss import FocusLoss
 from .draw import plot_attention, plot_focus, plot_regions, plot_zooms
