@@ -117,7 +117,8 @@ def _timm(name: str):
     "The library timm. ValueError where it is not installed."
     try: import timm
     except ImportError:
-        raise ValueError(f"arch={name!r} is no model of torchvision; for timm's models: pip install 'fd_focus[timm]'") from None
+        raise ValueError(f"arch={name!r} is no model of torchvision; for timm's models: "
+                         "pip install 'fd_focus[timm]'") from None
     return timm
 
 # %% ../nbs/13_tokens.ipynb #13_tokens_040

@@ -230,3 +230,12 @@ def test_torchrun(odd, tmp_path):
     run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("of 9 validation pictures right") == 1 and summary(tmp_path / "run")["processes"] == 2
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    from fd_focus.training.run import make_learner
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    for name, value in dict(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1").items(): monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="process 2 has no GPU: there is 1. Start one process a GPU"):
+        make_learner(Settings(arch="toy_resnet", image_size=48))

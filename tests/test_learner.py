@@ -504,3 +504,14 @@ def test_a_preset_asks_a_transformer_for_a_zoom_it_can_take():
     body, _ = create_body("vit_small_patch14_dinov2", pretrained=False, depth=1, embed_dim=48, num_heads=3)
     assert focus_learner(dls, body).model.zoom_size == (84, 84)                       # 80 is asked for
     with pytest.raises(ValueError, match="84x84 would do"): focus_learner(dls, body, zoom_size=80)
+
+
+def test_no_search_for_the_fastest_convolution_in_validation(dls, monkeypatch):
+    "Adaptive answers crop another number of pictures in each batch, and cuDNN would search anew for each."
+    class Watch(Callback):
+        def before_batch(self): found.append((self.training, torch.backends.cudnn.benchmark))
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    learn, found = focus_learner(dls, "toy_resnet", pretrained=False, cbs=[Watch()]), []
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    learn.get_preds()
+    assert set(found) == {(True, True), (False, False)} and torch.backends.cudnn.benchmark

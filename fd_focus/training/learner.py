@@ -113,7 +113,10 @@ class FocusLearner(Learner):
         fs = getattr(getattr(dl, "after_batch", None), "fs", None)      # of a loader of the user's, such as dls.test_dl
         if fs is not None and (own := _normalises(self.dls.valid)) and not _normalises(dl):
             dl = with_transform(dl, own[0])
-        super()._do_epoch_validate(ds_idx, dl)
+        search = torch.backends.cudnn.benchmark       # of the fastest way, anew for every number of unsure pictures
+        torch.backends.cudnn.benchmark = False
+        try: super()._do_epoch_validate(ds_idx, dl)
+        finally: torch.backends.cudnn.benchmark = search
 
     def _with_events(self, f, event_type, ex, final=noop):
         try: super()._with_events(f, event_type, ex, final)

@@ -52,6 +52,15 @@ def _check_shares(s: Settings, processes: int) -> None:
         raise ValueError(f"bs={s.bs} cannot be shared by {processes} processes; use a multiple of {processes}, "
                          f"at least {2 * processes}")
 
+def _take_gpu() -> None:
+    "Each of several processes takes a GPU of its own. ValueError where there are too few."
+    if num_distrib() < 2 or not torch.cuda.is_available(): return
+    mine, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if mine >= there:
+        raise ValueError(f"process {mine + 1} has no GPU: there {'is' if there == 1 else 'are'} {there}. Start one "
+                         "process a GPU (torchrun --nproc_per_node), or set CUDA_VISIBLE_DEVICES= to train on the CPU")
+    torch.cuda.set_device(mine)
+
 def make_loaders(settings: Settings) -> FocusDataLoaders:
     "The pictures of a run, or this process's share of each batch. ValueError for data that the settings do not fit."
     s, processes = resolve(settings), max(1, num_distrib())
@@ -89,7 +98,7 @@ def make_learner(settings: Settings) -> FocusLearner:
     options = method_arguments(s, takes)
     if s.input_size and "zoom_size" not in takes:
         raise ValueError(f"input_size={s.input_size}: method {s.method!r} cuts no regions; use image_size")
-    if num_distrib() > 1 and torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    _take_gpu()
     zoom = _zoom_of_preset(s, options)
     _seed(s)
     dls = make_loaders(s)
