@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 export MPLBACKEND ?= agg
 
-.PHONY: setup demo test test-slow test-gpu test-newest test-lowest readme lint sync nbtest pytest release clean
+.PHONY: setup demo test test-slow test-gpu test-newest test-lowest readme lint sync nbtest pytest release docs clean
 
 setup: $(STAMP)
 $(STAMP): pyproject.toml setup.py
@@ -72,6 +72,11 @@ release: setup
 	$(if $(TAG),test -e dist/fd_focus-$(TAG:v%=%).tar.gz || { echo "$(TAG) is not the version in settings.ini"; exit 1; })
 	$(BIN)/python -m twine check --strict dist/*
 	$(BIN)/python tests/release.py dist/*.whl
+
+# A site from the notebooks as they lie: _docs/index.html.
+docs: setup
+	$(BIN)/python docs/prepare.py _proc/site
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs -d _proc/doctrees _proc/site _docs
 
 clean:
 	rm -rf build dist *.egg-info runs _docs _proc .venv-newest .venv-lowest

@@ -4,7 +4,7 @@ from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
 ignore = shutil.ignore_patterns(".venv*", ".git", "runs", "__pycache__", "*.egg-info", ".pytest_cache", ".hypothesis",
-                                "build", "dist", ".ipynb_checkpoints")
+                                "build", "dist", ".ipynb_checkpoints", "_docs", "_proc")
 
 
 def tree(folder):

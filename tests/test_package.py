@@ -113,7 +113,7 @@ def test_workflows_run_what_make_runs():
             lines = [line for step in job["steps"] for line in step.get("run", "").splitlines()]
             assert all(line.startswith("make ") for line in lines), f"{path.name}: {lines}"
             called |= {line.split()[1] for line in lines}
-    assert called == {"test", "demo", "test-newest", "test-lowest", "release"} and called <= targets
+    assert called == {"test", "demo", "test-newest", "test-lowest", "docs", "release"} and called <= targets
 
 
 def test_no_machine_is_in_saved_outputs():
@@ -129,6 +129,20 @@ def test_no_machine_is_in_saved_outputs():
                 wrong.append(f"{file.name} {cell['id']}")
             assert '"output_type": "error"' not in text, f"{file.name} {cell['id']} holds an error"
     assert not wrong, wrong
+
+
+def test_site_shows_every_notebook_without_what_is_hidden(tmp_path):
+    subprocess.run([sys.executable, root / "docs" / "prepare.py", tmp_path / "site"], check=True)
+    pages = {p.relative_to(tmp_path / "site").with_suffix("").as_posix(): json.loads(p.read_text())
+             for p in (tmp_path / "site").rglob("*.ipynb")}
+    notebooks = {p.relative_to(root).with_suffix("").as_posix() for p in (root / "nbs").glob("[!_]*.ipynb")}
+    assert notebooks <= set(pages)
+    front = (tmp_path / "site" / "index.md").read_text()
+    assert all(re.search(rf"^{page}$|<{page}>", front, re.M) for page in pages), "a page is in no table of contents"
+    for name, page in pages.items():
+        sources = [cell["source"] for cell in page["cells"]]
+        assert not [line for source in sources for line in source.split("\n") if line.startswith("#|")], name
+        assert not any("nbdev_export()" in source for source in sources), name
 
 
 def imported(tree) -> set[str]:
