@@ -41,6 +41,7 @@ from ..loss import FocusLoss
 from ..methods import METHODS, Look, Method, bare, build_method, method_options
 from ..presets import PRESETS
 from ..regions import _pair
+from .machine import no_search
 from .optimizer import TorchOptimizer, fused_adamw
 from .watch import EpochBars, EpochLines, SeldomBars, SmoothOnDevice, StopOnNaN
 
@@ -113,10 +114,7 @@ class FocusLearner(Learner):
         fs = getattr(getattr(dl, "after_batch", None), "fs", None)      # of a loader of the user's, such as dls.test_dl
         if fs is not None and (own := _normalises(self.dls.valid)) and not _normalises(dl):
             dl = with_transform(dl, own[0])
-        search = torch.backends.cudnn.benchmark       # of the fastest way, anew for every number of unsure pictures
-        torch.backends.cudnn.benchmark = False
-        try: super()._do_epoch_validate(ds_idx, dl)
-        finally: torch.backends.cudnn.benchmark = search
+        with no_search(): super()._do_epoch_validate(ds_idx, dl)     # each batch has its own number of unsure pictures
 
     def _with_events(self, f, event_type, ex, final=noop):
         try: super()._with_events(f, event_type, ex, final)
