@@ -76,7 +76,8 @@ release: setup
 # A site from the notebooks as they lie: _docs/index.html.
 docs: setup
 	$(BIN)/python docs/prepare.py _proc/site
-	$(BIN)/python -m sphinx -q -W --keep-going -c docs -d _proc/doctrees _proc/site _docs
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs -d _proc/doctrees _proc/site _proc/html
+	rm -rf _docs && mv _proc/html _docs
 
 clean:
 	rm -rf build dist *.egg-info runs _docs _proc .venv-newest .venv-lowest
