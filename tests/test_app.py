@@ -762,14 +762,13 @@ def test_a_large_photograph_is_explained(classifier, tmp_path, monkeypatch, size
     "Of more pixels than PIL decodes: none of the drawings needs them all, and none differs."
     bird().resize(size, Image.Resampling.BICUBIC).save(tmp_path / "x.jpg")
     # Fixed regions: the body is not trained, and which of two near ties it prefers depends on the CPU.
-    predict = FocusClassifier.predict
+    answers = FocusClassifier._answers
     boxes = torch.tensor(
         [[0.45, 0.63, 0.75, 0.93], [0.23, 0.63, 0.53, 0.93], [0.05, 0.23, 0.35, 0.53], [0.05, 0.45, 0.35, 0.75]]
     )
     def fixed(*args, **kwargs):
-        found = predict(*args, **kwargs)
-        return replace(found, boxes=boxes * torch.tensor(found.size[::-1] * 2))
-    monkeypatch.setattr(FocusClassifier, "predict", fixed)
+        return [replace(one, boxes=boxes * torch.tensor(one.size[::-1] * 2)) for one in answers(*args, **kwargs)]
+    monkeypatch.setattr(FocusClassifier, "_answers", fixed)
     whole, prediction = Image.open(tmp_path / "x.jpg").convert("RGB"), classifier.predict(tmp_path / "x.jpg")
     image, moved = fit(whole, prediction)
     want = [draw_prediction(image, moved), draw_heat(image, moved), *cut_zooms(whole, prediction)]
