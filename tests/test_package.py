@@ -164,3 +164,9 @@ def test_what_is_imported_is_declared():
         assert not head - package - own, module.name
         anywhere = {called.get(name, name) for name in imported(ast.walk(tree))} - {"wandb"}     # asked for by name
         assert not anywhere - anybody, module.name
+
+
+def test_the_data_package_has_the_names_of_its_modules():
+    import fd_focus.data
+    from fd_focus.all import aircraft_table
+    assert fd_focus.data.aircraft_table is aircraft_table and not hasattr(fd_focus.data, "abacus")

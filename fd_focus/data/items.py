@@ -8,6 +8,7 @@ __all__ = ['CropResize', 'paper_transforms', 'CropPart', 'CropFlip', 'batch_tran
            'own_random', 'SeededDL', 'BalancedDL', 'loader_speed']
 
 # %% ../../nbs/24_items.ipynb #24_items_026
+import gc
 import math
 import mmap
 import os
@@ -275,8 +276,11 @@ class _Crew:
         own, self.dl, self.knows = dl.fake_l, dl, self._now(dl)
         self.loader = torch.utils.data.DataLoader(
             self, batch_size=None, sampler=self, collate_fn=noop, num_workers=own.num_workers, timeout=own.timeout,
-            pin_memory=own.pin_memory, worker_init_fn=dl.wif, multiprocessing_context=_fork(),
+            pin_memory=own.pin_memory, worker_init_fn=self.begin, multiprocessing_context=_fork(),
             persistent_workers=True, generator=torch.Generator())      # the program's random numbers stay as they are
+    def begin(self, number):     # in a worker: what the program has thrown away is not the worker's to end
+        gc.freeze()
+        self.dl.wif()
     def _now(self, dl): return dl.fake_l.num_workers, getattr(dl.dataset, "split_idx", None)
     def __getitem__(self, samples): return self.dl.read(samples)       # in a worker
     def __iter__(self): return self.parts
