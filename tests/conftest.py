@@ -1,6 +1,7 @@
 "Shared by all tests: `--slow`, `--gpu`, and the development data named by FD_FOCUS_DATA."
 import multiprocessing
 import os
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -95,3 +96,16 @@ def shaken(net, seed=0):
         elif name.endswith("running_mean"): tensor.normal_(0, .2)
         elif "head" in name: tensor.normal_(0, .3)
     return net.eval()
+
+
+@pytest.fixture
+def two_processes(processes):
+    "`two_processes(function, name, out)`: the function of (name, rank, port, out) in two processes that train together."
+    def run(function, name, out):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        group = [processes(function, name, rank, port, str(out)) for rank in (0, 1)]
+        for process in group: process.join(120)
+        assert [process.exitcode for process in group] == [0, 0]
+    return run

@@ -2,7 +2,6 @@
 import copy
 import json
 import os
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -206,13 +205,8 @@ def together(name, rank, port, out):
     torch.save(dict(model=bare(learn.model).state_dict(), table=table), Path(out) / f"{rank}.pt")
 
 
-def test_two_processes_train_one_network(name, processes, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    group = [processes(together, name, rank, port, str(tmp_path)) for rank in (0, 1)]
-    for process in group: process.join(120)
-    assert [process.exitcode for process in group] == [0, 0]
+def test_two_processes_train_one_network(name, two_processes, tmp_path):
+    two_processes(together, name, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
     assert all(first["model"][key].equal(second["model"][key]) for key in first["model"])
     assert first["table"] == second["table"] and all(map(np.isfinite, first["table"].values()))

@@ -1,7 +1,6 @@
 "A frozen body's head: against scikit-learn, one pass whatever is asked, resumed, shared, and what is bad input."
 import copy
 import os
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -240,13 +239,8 @@ def together(method, rank, port, out):
 
 
 @pytest.mark.parametrize("method", ["probe", "knn"])
-def test_two_processes_share_the_pass(method, processes, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    group = [processes(together, method, rank, port, str(tmp_path)) for rank in (0, 1)]
-    for process in group: process.join(120)
-    assert [process.exitcode for process in group] == [0, 0]
+def test_two_processes_share_the_pass(method, two_processes, tmp_path):
+    two_processes(together, method, tmp_path)
     alone = fit(learner(method, bs=4)).model.state_dict()
     for rank in (0, 1):
         shared = torch.load(tmp_path / f"{rank}.pt", weights_only=False)["model"]
