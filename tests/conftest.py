@@ -100,7 +100,7 @@ def shaken(net, seed=0):
 
 @pytest.fixture
 def two_processes(processes):
-    "`two_processes(function, name, out)`: the function of (name, rank, port, out) in two processes that train together."
+    "`two_processes(function, name, out)`: the function of (name, rank, port, out) in two that train together."
     def run(function, name, out):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

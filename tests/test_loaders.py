@@ -562,3 +562,21 @@ def test_workers_end_with_their_program(folder, sleep):
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(.1)
+
+
+def test_workers_leave_alone_what_was_thrown_away(tmp_path, capfd):
+    "A worker inherits the garbage of its program, loaders with workers among it, and must not end those."
+    def dls(): return FocusDataLoaders.from_folder(two_classes(tmp_path), .5, image_size=32, bs=4, num_workers=1)
+    def collect(*args):
+        sys.unraisablehook = sys.__unraisablehook__       # pytest's would keep it to itself
+        gc.collect()
+    gc.collect(); gc.disable()
+    try:
+        old, new = dls(), dls()
+        list(old.train)
+        old.train.itself = old.train         # a cycle, which only a collection takes away
+        del old
+        new.train.wif = collect
+        assert len(list(new.train)) == 2
+    finally: gc.enable()
+    assert "child process" not in capfd.readouterr().err
