@@ -56,6 +56,15 @@ def _file_of(out: str | None, inputs: list[str], rank: int, world: int, resume: 
     _keep_inputs(file := Path(out), inputs)
     return file if world == 1 else file.with_name(f"{file.stem}.rank{rank}{file.suffix}")
 
+def _features_file(features: str | None, rank: int, world: int, resume: bool) -> Path | None:
+    "Where the features go. ValueError where that makes no sense."
+    if not features: return None
+    file = Path(features)
+    if file.suffix != ".npz" or file.is_dir(): raise ValueError(f"--features {file}: name a file that ends in .npz")
+    if resume: raise ValueError("--features has a row for every picture, and --resume asks only about the rest: leave "
+                                "one of them out")
+    return file if world == 1 else file.with_name(f"{file.stem}.rank{rank}.npz")
+
 def _cleaner(on_screen: bool, csv_safe: bool):
     "What names in a table pass through."
     from fd_focus.data.names import visible
@@ -89,6 +98,18 @@ def _write_rows(classifier, files, out: Path | None, kind: str, header: bool, re
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
 
+# %% ../../nbs/67_cli.ipynb #67_cli_016
+def _write_both(stored: Path | None, classifier, *args, **options):
+    "As `_write_rows`; the features of all answers go into the file `stored`, where there is one."
+    if not stored: return _write_rows(classifier, *args, **options)
+    from fd_focus.training.machine import alone
+    from fd_focus.use.features import Gathered
+    classifier.keeps, gathered = "features", Gathered()
+    with alone(stored):                       # a folder that cannot be written to is known before the work
+        tally = _write_rows(classifier, *args, gather=gathered, **options)
+        if gathered.rows: gathered.features().save(stored)
+    return tally
+
 # %% ../../nbs/67_cli.ipynb #67_cli_001
 def _check_model(model: str) -> None:
     "FileNotFoundError for a model folder that is none: known in a second, before torch is imported."
@@ -107,6 +128,14 @@ def _says_banner(classifier):
               "--banner cuts it off", file=sys.stderr)
     return classifier
 
+# %% ../../nbs/67_cli.ipynb #67_cli_017
+def _pictures_of(paths: list[str], rank: int | None, world: int | None, drawings: Path | None):
+    "Names of this process's pictures, one by one. ValueError for a list that several processes would share."
+    from fd_focus.use.files import find_pictures, listed
+    if "-" in paths and _launched(rank, world):
+        raise ValueError("several processes cannot share a list on the standard input: give files, folders or patterns")
+    return find_pictures(paths, listed(sys.stdin) if "-" in paths else (), *_share_of(rank, world), drawings)
+
 # %% ../../nbs/67_cli.ipynb #67_cli_012
 def _kind_of(file: Path | None) -> str:
     "What rows are written as where nobody says: by the file's ending; text for a person at a terminal."
@@ -121,6 +150,7 @@ def fd_focus_predict(
     out: str = None,          # file for the rows: .csv or .jsonl; not given: standard output
     format: str = None,       # csv, jsonl or text; not given: by the name of --out, text on a terminal, else csv
     regions: str = None,      # draw each picture with its answer, regions and attention below this folder
+    features: str = None,     # .npz file for names, labels, probability, features (N,n): mean maps of the first look
     resume: bool = False,     # go on with --out: skip what it has answers of, try again what it has an error of
     csv_safe: bool = False,   # CSV: an apostrophe before names that a spreadsheet would compute (= + - @)
     banner: bool = False,     # the pictures have the banner (FGVC-Aircraft) that training cut off: cut it off here too
@@ -129,7 +159,7 @@ def fd_focus_predict(
     device: str = None,       # cpu, cuda, cuda:1, ...; not given: a GPU where there is one
     amp: str = "auto",        # precision: fp32 or bf16; auto: bf16 on a GPU that has it
     rank: int = None,         # of several processes, each takes its share of the pictures: which one this is (or RANK)
-    world: int = None,        # how many processes there are (or WORLD_SIZE); --out then gets .rank0, .rank1, ...
+    world: int = None,        # how many processes there are (or WORLD_SIZE); files then get .rank0, .rank1, ...
 ):
     """Classify pictures: a line each on a terminal; a row each in a file or a pipe, with the columns: file; label and
     probability of the answer; sure: whether that is above the model's threshold; looked_again: whether it needed a
@@ -139,21 +169,22 @@ def fd_focus_predict(
     _check_model(model)
     prepare()
     from fd_focus.data.names import visible
-    from fd_focus.use.files import check_kind, find_pictures, listed
+    from fd_focus.use.files import check_kind
     from fd_focus.use.predict import FocusClassifier, check_batches
     me, processes = _share_of(rank, world)
-    if "-" in paths and _launched(rank, world):
-        raise ValueError("several processes cannot share a list on the standard input: give files, folders or patterns")
     drawings, file = regions and Path(regions), _file_of(out, paths, me, processes, resume)
     kind = format or _kind_of(file)
     check_kind(kind)            # before --out is opened, which empties it
     if resume and kind == "text": raise ValueError("--resume reads what it has written: use --format csv or jsonl")
     check_batches(bs, workers)
-    files = find_pictures(paths, listed(sys.stdin) if "-" in paths else (), me, processes, drawings)
+    stored = _features_file(features, me, processes, resume)
+    files = _pictures_of(paths, rank, world, drawings)
     classifier = _says_banner(FocusClassifier.load(model, _device(device), banner=banner, amp=amp))
-    header, clean = bool(file) or me == 0, _cleaner(not file, csv_safe)
-    tally = _write_rows(classifier, files, file, kind, header, resume, clean, regions=drawings, bs=bs, workers=workers)
-    print(tally, f"; drawings in {visible(str(drawings))}" * bool(drawings), sep="", file=sys.stderr)
+    tally = _write_both(stored, classifier, files, file, kind, bool(file) or me == 0, resume,
+                        _cleaner(not file, csv_safe), regions=drawings, bs=bs, workers=workers)
+    places = dict(drawings=drawings, features=tally.answered and stored)
+    said = [f"{what} in {visible(str(place))}" for what, place in places.items() if place]
+    print(tally, *said, sep="; ", file=sys.stderr)
     nothing = not (tally.pictures or tally.before)
     if (tally.failed or nothing) and not _launched(rank, world): sys.exit(1)    # torchrun would end others
 

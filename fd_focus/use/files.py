@@ -365,6 +365,7 @@ def predict_files(
     bs: int = 16, workers: int | None = None,  # see `FocusClassifier.stream`
     progress=None,                # a text stream for a line that counts
     done: Iterable[str] = (),     # pictures that an earlier run has answered, see `answered`
+    gather: Callable | None = None,   # called with every picture and its answer or error
 ) -> Tally:
     "A row for every picture, and its drawing; each is written out at once, so that an end at any time loses little."
     if regions is not None: _regions_folder(regions)
@@ -376,6 +377,7 @@ def predict_files(
         if regions is not None and error is None: error = _draw(file, found, regions, drawings)
         rows.write(file, found, error)
         rows.stream.flush()
+        if gather: gather(file, found)
         tally.add(found, error)
         counter(tally)
     counter.end()

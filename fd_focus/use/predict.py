@@ -128,6 +128,7 @@ class Prediction:
     looked_again: bool | None = None # it needed a second look; None: the model treats all pictures alike
     source: object = field(default=None, repr=False, compare=False)        # the picture, where it is remembered
     model: dict = field(default_factory=dict, repr=False, compare=False)   # config.json of the model that says so
+    inner: dict | None = field(default=None, repr=False, compare=False)    # features, logits: where they are asked for
 
     def __repr__(self):
         doubt = {None: "", True: ", sure", False: ", not sure"}[self.sure]
@@ -182,7 +183,7 @@ class FocusClassifier:
         self.dtype = _precision(amp, self.device)
         self.pipeline = FocusPipeline(fold_batch_norm(net) if fold else net)
         self.pipeline.to(self.device, memory_format=torch.channels_last)
-        self.threshold = self.config.get("threshold")
+        self.threshold, self.keeps = self.config.get("threshold"), ""      # or "features", "regions": see notebook 62
         def pair(size): return (size, size) if isinstance(size, int) else tuple(size)
         self.input_size = pair(self.config.get("input_size", self.config["image_size"]))
         self.resize = pair(self.config.get("resize", [round(side * 8 / 7) for side in self.input_size]))
@@ -225,14 +226,21 @@ class NoAnswer(ValueError): "An answer that is no number."
 _WHY_NONE = "the model's answer is no number: its weights, temperature, mean or std are damaged"
 
 @patch
+def _outputs(self: FocusClassifier, x: Tensor) -> dict[str, Tensor]:
+    "What the pipeline says of a batch, by name."
+    inner = {}
+    with torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext():
+        if self.keeps: shown, inner = self.pipeline.inside(x, self.keeps == "regions")
+        else: shown = self.pipeline(x)
+    return {name: part.float().cpu() for name, part in (dict(zip(self.pipeline.outputs, shown)) | inner).items()}
+
+@patch
 @torch.inference_mode()
 def _answers(self: FocusClassifier, prepared: list[tuple]) -> list[Prediction | NoAnswer]:
     "Predictions of prepared pictures, as one batch; a NoAnswer in the place of one that is no number."
     pictures, views, sizes = zip(*prepared)
     x = (torch.stack(pictures).to(self.device).float() / 255).contiguous(memory_format=torch.channels_last)
-    with torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext():
-        outputs = zip(self.pipeline.outputs, self.pipeline(x))
-    outputs = {name: part.float().cpu() for name, part in outputs}
+    outputs = self._outputs(x)
     return [self._one({name: part[i] for name, part in outputs.items()}, view, size)
             for i, (view, size) in enumerate(zip(views, sizes))]
 
@@ -249,8 +257,9 @@ def _one(self: FocusClassifier, found: dict[str, Tensor], view: np.ndarray, size
     (label, probability), scores = top5[0], found.get("scores", torch.full((len(boxes),), torch.nan))
     sure = None if self.threshold is None else probability >= self.threshold
     again = bool(found["looked_again"]) if "looked_again" in found else None
+    inner = {name: found[name] for name in ("features", "logits", "regions") if name in found} if self.keeps else None
     return Prediction(label, probability, sure, top5, probabilities, boxes, scores, found.get("attention"), view, size,
-                      looked_again=again, model=self.config)
+                      looked_again=again, model=self.config, inner=inner)
 
 # %% ../../nbs/61_predict.ipynb #61_predict_007
 class _Ahead:
