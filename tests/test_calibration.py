@@ -5,6 +5,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from fastai.interpret import ClassificationInterpretation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import beta
@@ -36,6 +37,9 @@ def test_confusions(learn):
     labels = learn.dls.table.label[[str(item) for item in learn.dls.valid_ds.items]]
     assert own.shape == (12, 3) and truth.tolist() == [list(learn.dls.vocab).index(label) for label in labels]
     worst = confused_pairs(own, truth, learn.dls.vocab).iloc[0]
+    with learn.no_bar(): theirs = ClassificationInterpretation.from_learner(learn).most_confused()      # fastai's
+    ours = confused_pairs(own, truth, learn.dls.vocab)
+    assert sorted(map(tuple, theirs)) == sorted(zip(ours["is"], ours.taken_for, ours["count"]))
     titles = [ax.get_title("left") for ax in plot_confused(learn, pairs=1, examples=2).get_axes()]
     assert any(f"taken for {worst.taken_for}, {worst['count']} of {worst.of}" in title for title in titles)
     plain = focus_learner(learn.dls, "toy_resnet", pretrained=False, method="plain")

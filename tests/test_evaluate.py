@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,16 +14,20 @@ import pytest
 import torch
 from conftest import shaken, two_classes
 from PIL import Image
+from sklearn.metrics import balanced_accuracy_score
 
 from fd_focus.evidence.comparison import multiply_adds
 from fd_focus.use.cli import fd_focus_evaluate, fd_focus_train
 from fd_focus.use.evaluate import evaluate, labelled_pictures
 from fd_focus.use.predict import FocusClassifier
-from fd_focus.use.report import _aside
+from fd_focus.use.compare import compare_runs
+from fd_focus.use.report import _aside, introduction
 from fd_focus.data.loaders import FocusDataLoaders
 from fd_focus.data.pictures import DataWarning
 from fd_focus.use.model_folder import save_focus
 from fd_focus.training.learner import focus_learner
+from fd_focus.training.run import make_learner, train
+from fd_focus.training.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +231,44 @@ def test_an_accent_in_another_form_makes_no_other_class(tmp_path, known, given):
 def test_labels_of_a_table_are_those_of_the_model(model, pictures):
     with pytest.raises(ValueError, match="the table has pictures of jay, which the model does not know"):
         evaluate(at(model, 0), pictures.assign(label="jay"))
+
+
+@pytest.fixture(scope="module")
+def few_of_b(tmp_path_factory):
+    "Photographs: 6 of a and 2 of b to learn from, 2 of a and 1 of b to judge by."
+    folder, judges = tmp_path_factory.mktemp("few"), {"a/00.jpg", "a/02.jpg", "b/01.jpg"}
+    for file in sorted(two_classes(folder / "all").rglob("*.jpg")):
+        name = file.relative_to(folder / "all").as_posix()
+        if name[0] == "b" and name > "b/05.jpg": continue
+        place = folder / "photos" / ("valid" if name in judges else "train") / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        file.rename(place)
+    return folder / "photos"
+
+
+def test_uneven_classes_are_counted_alike(few_of_b, tmp_path, capsys):
+    fd_focus_train(data=str(few_of_b), arch="toy_resnet", method="plain", image_size=64, epochs=1, bs=4,
+                   class_weights="balanced", out=str(tmp_path / "run"), examples=0)
+    said, found = capsys.readouterr().out, json.loads((tmp_path / "run/summary.json").read_text())
+    answers = pd.read_csv(tmp_path / "run/answers.csv")
+    macro = balanced_accuracy_score(answers.label, answers.answer)
+    assert found["macro_accuracy"] == pytest.approx(macro) and "training pictures a class" not in said
+    assert f"where all count alike, {100 * macro:.1f} % are right" in said
+    assert f"every class counting alike {100 * macro:.1f} %" in (tmp_path / "run/model/README.md").read_text()
+    assert f"{100 * macro:.1f} %" in compare_runs([tmp_path / "run"]) and "macro F1" in compare_runs([tmp_path / "run"])
+    fd_focus_evaluate(model=str(tmp_path / "run/model"), folder=str(few_of_b), split="valid", seen=True, device="cpu")
+    assert f"every class alike: macro accuracy {100 * macro:.1f} %" in capsys.readouterr().out
+
+
+def test_class_weights_reach_the_loss_or_are_refused(few_of_b):
+    s = Settings(data=str(few_of_b), arch="toy_resnet", image_size=64, epochs=1, bs=4, workers=0, pretrained=False,
+                 class_weights="balanced", method="plain")
+    learn = make_learner(s)
+    assert torch.allclose(learn.loss_func.weight, torch.tensor([8 / (2 * 6), 8 / (2 * 2)]))
+    assert introduction(learn, replace(s, class_weights=None))[1].startswith("2 to 6 training pictures a class (--class_")
+    for method, told in dict(probe="this head is computed without one", boost="a loss of its own").items():
+        with pytest.raises(ValueError, match=told): train(replace(s, method=method), bar=False)
+    with pytest.raises(ValueError, match="use one of the two"): replace(s, balance=True)
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from sklearn.metrics import balanced_accuracy_score, f1_score
 
-from fd_focus.evidence.comparison import paired_difference, plot_results, read_predictions, read_rows, summarise
+from fd_focus.evidence.comparison import (macro_intervals, macro_scores, paired_difference, plot_results,
+                                          read_predictions, read_rows, summarise)
 from fd_focus.evidence.experiment import PlannedRun, _same, keep_predictions, load_plan, run_experiment
 from fd_focus.training.run import train
 from fd_focus.training.settings import Settings
@@ -124,7 +126,7 @@ def test_odd_names_keep_their_predictions(tmp_path):
 def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no plan"): load_plan(tmp_path)
     with pytest.raises(FileNotFoundError, match="run fd_focus_experiment"): summarise(tmp_path)
-    with pytest.raises(ValueError, match="measure='luck' is none of accuracy, cross_entropy"):
+    with pytest.raises(ValueError, match="measure='luck' is none of accuracy, macro_accuracy, cross_entropy"):
         summarise(RESULTS / "cars_lr", measure="luck")
     with pytest.raises(ValueError, match="head='third' is none of answer"): summarise(RESULTS / "cars_lr", head="third")
     with pytest.raises(ValueError, match=r"must both be \(seeds, pictures\)"):
@@ -200,6 +202,45 @@ def test_results_of_the_repository(question):
         if key in runs: assert _same(row.settings, runs[key].settings), json.loads(row.settings)
         else: assert row.variant in retired
     assert len(summarise(folder, rows.variant[0])) == len(rows.groupby(["data", "variant"]))
+
+
+def test_uneven_classes_get_their_columns(folder):
+    "Macro accuracy and F1 are scikit-learn's, and a gain can be one of macro accuracy; even sets stay as they are."
+    rng, lines = np.random.default_rng(0), []
+    for data, counts in dict(even=[9, 9, 9], uneven=[20, 4, 4]).items():
+        target = np.repeat(np.arange(3), counts)
+        for variant in ("plain", "focus"):
+            run = PlannedRun(data, variant, 0, Settings())
+            files, answer = np.array([f"{i}.jpg" for i in range(len(target))]), rng.dirichlet(np.ones(3), len(target))
+            keep_predictions(folder, run, dict(files=files, target=target, answer=answer))
+            lines.append(ROW | dict(data=data, variant=variant))
+    pd.DataFrame(lines).to_csv(folder / "rows.csv", index=False)
+    table = summarise(folder).set_index(["data", "variant"])
+    said = {v: read_predictions(folder, "uneven", v, 0)["answer"].argmax(1) for v in ("plain", "focus")}
+    balanced = {v: 100 * balanced_accuracy_score(target, answers) for v, answers in said.items()}
+    assert table.macro_accuracy["uneven", "focus"] == pytest.approx(balanced["focus"])
+    f1 = f1_score(target, said["plain"], average="macro")
+    assert table.macro_f1["uneven", "plain"] == pytest.approx(100 * f1)
+    assert table.macro_accuracy["even"].isna().all() and list(table.columns[:3]) == ["seeds", "accuracy", "sd"]
+    macro = summarise(folder, measure="macro_accuracy").set_index(["data", "variant"])
+    assert macro.gain["uneven", "focus"] == pytest.approx(balanced["focus"] - balanced["plain"])
+    assert "macro_f1" not in macro.loc["even"].dropna(axis=1)
+
+
+@pytest.mark.parametrize("named", [np.arange(5), np.array(["wren", "crow", "rook", "daw", "pie"])])
+def test_macro_scores_and_their_intervals(named):
+    rng = np.random.default_rng(1)
+    labels = named[np.repeat(np.arange(4), [1, 6, 30, 60])]          # nothing shows the fifth class
+    answers = np.where(rng.random(len(labels)) < .6, labels, named[rng.integers(0, 5, len(labels))])
+    scores, ends = macro_scores(labels, answers), macro_intervals(labels, answers)
+    by_class = [(answers == labels)[labels == c].mean() for c in named[:4]]
+    assert scores["macro_accuracy"] == pytest.approx(np.mean(by_class))
+    for name, (low, high) in ends.items(): assert 0 <= low < scores[name] < high <= 1
+    assert ends == macro_intervals(labels, answers) and macro_intervals(labels, labels)["macro_f1"] == (1, 1)
+    rows = [np.flatnonzero(labels == c) for c in named[:4]]          # drawn one by one
+    drawn = [np.concatenate([rng.choice(own, len(own)) for own in rows]) for _ in range(400)]
+    theirs = np.quantile([macro_scores(labels[i], answers[i])["macro_f1"] for i in drawn], [.025, .975])
+    assert np.abs(theirs - ends["macro_f1"]).max() < .05             # ours is a little wider
 
 
 def test_interval_narrows_with_pictures():

@@ -56,6 +56,8 @@ def test_names_are_said_once():
     (dict(input_size=32), "smaller than image_size=448"),
     (dict(balance=True, valid_pct=.1), "valid_pct, balance: for pictures"),
     (dict(data="photos", split="test", n_classes=3), "split, n_classes: for toy birds, not for data='photos'"),
+    (dict(data="photos", balance=True, class_weights="balanced"), "class_weights counts them more: use one of the two"),
+    (dict(class_weights="rare"), "class_weights='rare' is none of 'balanced'"),
     (dict(layer_decay=0.), "layer_decay=0.0; use a share above 0, such as 0.75"),
     (dict(layer_decay=1.5), "1: the whole body learns alike"),
     (dict(layer_decay=.75, recipe="paper"), "layer_decay is for recipe='one_cycle' or 'modern'"),

@@ -201,7 +201,10 @@ def at_rest(self: BoostNet) -> tuple[str, ...]:
 # %% ../../nbs/42_boost.ipynb #42_boost_026
 class TakeTurns(Callback):
     "Trains one member of a `BoostNet` after the other, each through the whole schedule."
-    def before_fit(self): self.run = not (hasattr(self.learn, "lr_finder") or hasattr(self.learn, "gather_preds"))
+    def before_fit(self):
+        self.run = not (hasattr(self.learn, "lr_finder") or hasattr(self.learn, "gather_preds"))
+        if self.run and getattr(self.loss_func, "weight", None) is not None:
+            raise ValueError("class weights are for cross entropy, and boosting has a loss of its own: leave them out")
     def before_train(self):
         net = bare(self.model)
         t, self.first, self.end = turn_of(self.epoch, self.n_epoch, net.rounds)

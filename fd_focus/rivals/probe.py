@@ -149,6 +149,8 @@ class OnePass(Callback):
         if not self.run: return
         if wrong := [cb.name for cb in self.learn.cbs if isinstance(cb, (MixHandler, AverageWeights))]:
             raise ValueError(f"{', '.join(wrong)}: a frozen body takes no steps to mix or average; leave it out")
+        if getattr(self.loss_func, "weight", None) is not None:
+            raise ValueError("class weights are for a loss, and this head is computed without one: leave them out")
         if untrained(bare(self.model).body):
             warnings.warn("the body has random weights, and stays as it is: give pretrained=True or weights",
                           DataWarning, stacklevel=2)

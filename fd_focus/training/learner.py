@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['body_and_heads', 'to_pixels', 'look_at', 'with_transform', 'FocusLearner', 'HeadAccuracy', 'over_processes',
-           'LossParts', 'LossPart', 'FocusInterpretation', 'focus_learner', 'history']
+           'LossParts', 'LossPart', 'FocusInterpretation', 'class_weights', 'focus_learner', 'history']
 
 # %% ../../nbs/30_learner.ipynb #70_learner003
 import copy
@@ -307,6 +307,15 @@ def _columns(net: Method, loss: FocusLoss) -> list[Metric]:
     "Accuracies of its heads and terms of its loss."
     terms = net.terms + ("distill",) * bool(loss.distill and net.terms)
     return [HeadAccuracy(head) for head in net.heads] + [LossPart(term) for term in terms]
+
+# %% ../../nbs/30_learner.ipynb #30_learner_004
+def class_weights(
+    dls: DataLoaders,   # fastai's, with one category a picture; or `FocusDataLoaders`
+) -> Tensor:            # (C,) N/(C·n_c), scikit-learn's 'balanced'
+    "Weights for `FocusLoss(weight=...)`, from the training pictures. ValueError for a class without any."
+    from sklearn.utils.class_weight import compute_class_weight
+    labels = [int(label) for label in dls.train_ds.tls[1]]
+    return torch.tensor(compute_class_weight("balanced", classes=torch.arange(dls.c).numpy(), y=labels), dtype=torch.float32)
 
 # %% ../../nbs/30_learner.ipynb #30_learner_130
 def _body(arch, pretrained: bool, weights, cut, arch_kwargs: dict | None) -> tuple[nn.Module, tuple | None]:

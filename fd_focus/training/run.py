@@ -38,7 +38,7 @@ from . import recipes    # which patches fit_paper and fit_modern into FocusLear
 from .checkpoint import Checkpoint, KeepBest, _own, stoppable
 from .checkpoint import random_state, set_random_state
 from .layers import layer_rates, layers_and_heads
-from .learner import FocusLearner, body_and_heads, focus_learner, history
+from .learner import FocusLearner, body_and_heads, class_weights, focus_learner, history
 from .machine import alone, put, put_bytes
 from .settings import CHANGE_NOTHING, FOLDER_SETTINGS, Settings, method_arguments, resolve
 from .settings import write_settings
@@ -104,7 +104,8 @@ def make_learner(settings: Settings) -> FocusLearner:
     dls = make_loaders(s)
     _seed(s)
     dls.train.rng.seed(s.seed)
-    loss = FocusLoss(head_weights=s.head_weights, label_smoothing=s.label_smoothing, distill=s.distill)
+    weights = class_weights(dls) if s.class_weights else None
+    loss = FocusLoss(None, weights, s.head_weights, s.label_smoothing, s.distill)
     body = s.arch, s.method, s.pretrained, s.weights, s.cut
     learn = focus_learner(dls, *body, preset=zoom, loss_func=loss, wd=s.wd, heads_every=s.heads_every,
                           splitter=layers_and_heads if s.layer_decay else body_and_heads, arch_kwargs=s.arch_kwargs,

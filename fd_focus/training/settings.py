@@ -109,6 +109,8 @@ class RecipeSettings:
     bs: int = setting(32, "pictures a batch, of all processes together")
     seed: int = setting(0, "of the first weights, the order of the pictures and their augmentation")
     label_smoothing: float = setting(0., "share of the target that is spread over all classes")
+    class_weights: Literal["balanced"] | None = setting(None,
+        "balanced: the loss counts all classes alike, however many pictures they have; not given: all pictures")
     distill: float = setting(0., "weight of the image head's learning from all heads together; 0: none")
     look_again: float | None = setting(None, "adaptive: at most this share of the validation pictures looks again, "
                                              "such as 10%; not given: the smallest that loses nothing")
@@ -183,6 +185,8 @@ def _check_together(s) -> None:
         (s.heads_every < 0, f"heads_every={s.heads_every}; use a number of epochs, or 0 for the last one only"),
         (s.valid_every != 1 and (s.early_stop or s.keep_best),
          f"early_stop and keep_best choose by every epoch, and valid_every={s.valid_every} judges only some"),
+        (s.balance and s.class_weights, "balance draws pictures of rare classes more often, and class_weights counts them "
+                                        "more: use one of the two"),
         (not_modern, f"ema and mixup belong to recipe='modern', not to {s.recipe!r}"),
         (s.input_size and s.input_size < s.image_size,
          f"input_size={s.input_size} is smaller than image_size={s.image_size}"),

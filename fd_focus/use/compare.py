@@ -15,7 +15,7 @@ from scipy.stats import binomtest
 
 from ..data.names import visible
 from ..evidence.calibration import predictions
-from ..evidence.comparison import paired_difference
+from ..evidence.comparison import macro_scores, paired_difference, uneven
 from ..training.machine import put
 from ..training.learner import FocusLearner
 
@@ -50,12 +50,16 @@ class Run:
     summary: dict
     answers: pd.DataFrame | None    # None: a run of an earlier version, which has left none
 
-    def right(self, split: str) -> pd.Series | None:
-        "Which answers about the pictures of a split are right, by file; None where there are none."
+    def judged(self, split: str) -> pd.DataFrame | None:
+        "The answers about the pictures of a split, one a file; None where there are none."
         if self.answers is None: return None
         rows = self.answers[self.answers.split == split]
-        if rows.empty: return None
-        return pd.Series((rows.label == rows.answer).to_numpy(), rows.file).groupby(level=0).first()
+        return None if rows.empty else rows.groupby("file").first()
+
+    def right(self, split: str) -> pd.Series | None:
+        "Which answers about the pictures of a split are right, by file; None where there are none."
+        rows = self.judged(split)
+        return None if rows is None else rows.label == rows.answer
 
 def read_run(
     folder: str | Path,
@@ -88,6 +92,11 @@ def _line(run: Run, split: str) -> tuple[str, ...]:
     interval = f"{100 * ci.low:.1f} to {100 * ci.high:.1f}" if ci else ""
     return visible(str(run.folder)), f"{100 * accuracy:.1f} %", interval, str(n or ""), _seconds(s["seconds"]), cost
 
+def _macro(run: Run, split: str) -> tuple[str, str]:
+    "Macro accuracy and macro F1 of a run; blank where it has left no answers."
+    if (rows := run.judged(split)) is None: return "", ""
+    return tuple(f"{100 * score:.1f} %" for score in macro_scores(rows.label, rows.answer).values())
+
 def _table(rows: list[tuple[str, ...]]) -> list[str]:
     "Rows as lines of columns, the first one to the left."
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -118,6 +127,10 @@ def compare_runs(
         split = "test" if all(run.right("test") is not None for run in runs) else "valid"
         if split == "valid" and all(run.right("valid") is None for run in runs): split = "test"
         heading = ("run", "accuracy", "95 % interval", "pictures", "training", "multiply-adds")
-        lines += _table([heading, *(_line(run, split) for run in runs)])
+        rows = [heading, *(_line(run, split) for run in runs)]
+        if any((found := run.judged(split)) is not None and uneven(found.label) for run in runs):
+            more = [("macro accuracy", "macro F1"), *(_macro(run, split) for run in runs)]
+            rows = [row[:3] + two + row[3:] for row, two in zip(rows, more)]
+        lines += _table(rows)
         lines += [_difference(run, runs[0], split) for run in runs[1:]]
     return "\n".join([*lines, *(f"{visible(str(folder))}: not finished, left out" for folder in waiting)])

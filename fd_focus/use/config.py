@@ -97,7 +97,8 @@ def _interval(value) -> bool: return isinstance(value, (list, tuple)) and len(va
 
 # %% ../../nbs/59_config.ipynb #59_config_009
 _FIGURES = dict(accuracy=_number, test_accuracy=_number, test_interval=_interval, test_images=_count,
-                valid_images=_count)
+                valid_images=_count, macro_accuracy=_number, macro_f1=_number, test_macro_accuracy=_number,
+                test_macro_f1=_number)
 
 def _metrics(value) -> bool:
     return _table(value) and all(value.get(name) is None or good(value[name]) for name, good in _FIGURES.items())
@@ -261,6 +262,12 @@ def when_again(
 # %% ../../nbs/59_config.ipynb #59_config_023
 _FIGURE = "\n![What the model looks at](regions.png)\n"
 
+def _alike(known: dict, which: str) -> str:
+    "What follows an accuracy where classes are uneven."
+    scores = [known.get(f"{which}{name}") for name in ("macro_accuracy", "macro_f1")]
+    if None in scores: return ""
+    return "; every class counting alike {:.1f} % (macro F1 {:.1f} %)".format(*(100 * score for score in scores))
+
 def _figures(config: dict) -> list[str]:
     "How good it is, when it looks again, and what counts as sure: a line each."
     known, again, sure = config.get("metrics", {}), config.get("look_again_below"), config.get("threshold")
@@ -270,9 +277,10 @@ def _figures(config: dict) -> list[str]:
         low, high = (100 * share for share in known.get("test_interval") or (0, 0))
         around = f" (95 % interval {low:.1f} to {high:.1f})" if high else ""
         lines.append(f"Accuracy on {many('test_images')}pictures that were put aside, on which nothing was trained or "
-                     f"chosen: **{100 * known['test_accuracy']:.1f} %**{around}.")
+                     f"chosen: **{100 * known['test_accuracy']:.1f} %**{around}{_alike(known, 'test_')}.")
     if known.get("accuracy") is not None:
-        lines.append(f"Accuracy on {many('valid_images')}{by} pictures: **{100 * known['accuracy']:.1f} %**.")
+        alike = _alike(known, "")
+        lines.append(f"Accuracy on {many('valid_images')}{by} pictures: **{100 * known['accuracy']:.1f} %**{alike}.")
     if again is not None: lines.append(f"A second look: {when_again(again)}.")
     if sure is not None:
         words, why = "none" if sure > 1 else f"from {_as_given(sure)} on", rests_on(config)

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from scipy.stats import binomtest
 
 from ..data.names import alike_names, nfc, some_names, visible
 from ..data.tables import class_folders, csv_rows
 from ..evidence.calibration import confused_pairs, expected_calibration_error
-from ..evidence.comparison import multiply_adds
+from ..evidence.comparison import macro_intervals, macro_scores, multiply_adds
 from .predict import FocusClassifier
 
 # %% ../../nbs/63_evaluate.ipynb #93_evaluate006
@@ -79,6 +80,16 @@ def _price(
     price = _many(cost) if one_look is None else f"{cost / one_look:.2f} times one look ({_many(cost)})"
     return f"{again}an answer costs {price}"
 
+# %% ../../nbs/63_evaluate.ipynb #63_evaluate_015
+def _alike(rows: pd.DataFrame) -> str:      # columns label, answer
+    "How good it is where every class counts alike, in a line."
+    words, judged = [], (rows.label.astype(str), rows.answer.astype(str))
+    ends = macro_intervals(*judged)
+    for (name, score), (low, high) in zip(macro_scores(*judged).items(), ends.values()):
+        reach = f" (95 % interval {100 * low:.1f} to {100 * high:.1f})" if high > low else ""
+        words.append(f"{name.replace('macro_f1', 'macro F1').replace('_', ' ')} {100 * score:.1f} %{reach}")
+    return "every class alike: " + ", ".join(words)
+
 # %% ../../nbs/63_evaluate.ipynb #93_evaluate008
 @dataclass(frozen=True)
 class Evaluation:
@@ -97,6 +108,7 @@ class Evaluation:
     def __str__(self):
         low, high = (f"{100 * share:.1f}" for share in self.interval)
         lines = [f"{100 * self.accuracy:.1f} % of {len(self.rows)} pictures right (95 % interval {low} to {high})"]
+        lines.append(_alike(self.rows))
         failed = self.rows.file[self.rows.error != ""]
         if len(failed):
             more = ", ..." if len(failed) > 1 else ""
@@ -108,7 +120,15 @@ class Evaluation:
         lines.append(f"calibration error {100 * self.ece:.1f} %")
         for is_, taken_for, count, of in self.confused.head(5)[["is", "taken_for", "count", "of"]].to_numpy():
             lines.append(f"{visible(is_)} taken for {visible(taken_for)}: {count} of {of}")
-        return "\n".join(lines)
+        least = ", ".join(f"{visible(name)} {right} of {of}" for name, right, of in self.recall.head(3).itertuples()
+                          if right < of)
+        return "\n".join([*lines, f"recognised least often: {least}"] if least else lines)
+
+@patch(as_prop=True)
+def recall(self: Evaluation) -> pd.DataFrame:    # index label; columns right, of; least recall first
+    "How many pictures of each class were recognised, of how many; one that could not be read was not."
+    right = (self.rows.label == self.rows.answer).groupby(self.rows.label).agg(right="sum", of="size")
+    return right.iloc[(right.right / right.of).argsort(kind="stable")]
 
 # %% ../../nbs/63_evaluate.ipynb #93_evaluate008c
 def _rows(classifier: FocusClassifier, pictures: pd.DataFrame, bs: int, workers: int | None) -> tuple:

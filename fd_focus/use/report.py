@@ -14,7 +14,7 @@ import torch
 from fastai.torch_core import num_distrib
 
 from ..data.names import visible
-from ..evidence.comparison import multiply_adds
+from ..evidence.comparison import macro_scores, multiply_adds, uneven
 from ..evidence.look_again import calibrate, plot_look_again
 from ..training.run import save_figure, write_examples, write_run
 from ..training.settings import Settings, resolve, workers_to_spare
@@ -62,6 +62,14 @@ def _busy(load: float, cores: int) -> str:
     return (f"this machine is busy (a load of {load:.1f} on {cores} cores): training is slower than it could be; with "
             "one thread, OMP_NUM_THREADS=1 before the command, it may be faster")
 
+# %% ../../nbs/65_report.ipynb #65_report_003
+def _sizes(counts: pd.Series, s: Settings) -> str:      # training pictures of each class
+    "A word about classes of very different size; nothing where the settings see to it."
+    least, most = counts.min(), counts.max()
+    if most < 2 * least or s.balance or s.class_weights: return ""
+    return f"{least} to {most} training pictures a class (--class_weights balanced, or --balance: all count alike)"
+
+# %% ../../nbs/65_report.ipynb #65_report_005
 def introduction(
     learn,                # before training
     settings: Settings,   # of the run
@@ -77,6 +85,7 @@ def introduction(
              f"pictures{aside}",
              f"{s.arch} from {_start_of(settings)}; method {s.method}: {_looks(net, s)}",
              f"{_machine(learn, s)}; {s.epochs} epochs of recipe {s.recipe}"]
+    if word := _sizes(dls.class_counts.train, s): lines.insert(1, word)
     if heads: lines.append(f"accuracy is that of the answer{answer}; {', '.join(heads)}: of that head alone")
     if hasattr(os, "getloadavg") and (word := _busy(os.getloadavg()[0], os.cpu_count() or 1)): lines.append(word)
     return lines
@@ -130,17 +139,22 @@ def _cost(learn, looked_again: float | None) -> float | None:
     elif looked_again is None: return None
     return round(multiply_adds(net, tuple(learn.dls.valid.one_batch()[0].shape[2:]), looked_again))
 
+def _macro(rows: pd.DataFrame) -> dict[str, float]:      # columns label, answer
+    "Macro accuracy and F1 of answers, where some class has twice as many pictures as another."
+    return macro_scores(rows.label, rows.answer) if uneven(rows.label) else {}
+
 def _judge(learn, summary: dict, out: Path) -> dict:
     "Write answers.csv; for the summary, what an answer costs, and how the pictures put aside were answered."
     answers, found = validation_answers(learn), dict(multiply_adds=_cost(learn, summary.get("looked_again")))
+    judged = _macro(answers)
     if (last := _aside(learn, out / "model")) is not None:
         rows = last.rows.assign(split="test", file=[os.path.relpath(file, learn.dls.path) for file in last.rows.file])
         answers = pd.concat([answers, rows[answers.columns]])
-        judged = dict(test_accuracy=last.accuracy, test_interval=list(last.interval), test_images=len(rows))
-        add_metrics(out / "model", **judged)
-        found |= judged
+        judged |= dict(test_accuracy=last.accuracy, test_interval=list(last.interval), test_images=len(rows))
+        judged |= {f"test_{name}": score for name, score in _macro(rows).items()}
+    if judged: add_metrics(out / "model", **judged)
     write_answers(answers, out)
-    return found
+    return found | judged
 
 # %% ../../nbs/65_report.ipynb #66_commands_028
 def leave_report(
@@ -197,6 +211,13 @@ def where_time_went(
     else: advice = _faster(s, summary["device"], summary["seconds"])
     return f"{said}; {advice}" if advice else said
 
+# %% ../../nbs/65_report.ipynb #65_report_001
+def _alike(summary: dict, which: str) -> list[str]:
+    "How good it is where every class counts alike, in a line; none where the classes are of one size."
+    if (accuracy := summary.get(f"{which}macro_accuracy")) is None: return []
+    return [f"some classes have twice the pictures of others, or more; where all count alike, {100 * accuracy:.1f} % "
+            f"are right (macro accuracy; macro F1 {100 * summary[f'{which}macro_f1']:.1f} %)"]
+
 # %% ../../nbs/65_report.ipynb #65_report_000
 def closing_words(
     settings: Settings,
@@ -208,10 +229,12 @@ def closing_words(
     kept, trained, right = summary["weights_of_epoch"], summary["epochs_trained"], 100 * summary["accuracy"]
     lines = [f"{settings.method}: {right:.1f} % of {summary['valid_images']} {judges(summary)} pictures right, "
              f"{summary['seconds']:.0f} s, {summary['images_per_second']:.0f} images/s; report in {out}"]
+    lines += _alike(summary, "")
     if "test_accuracy" in summary:
         low, high = (100 * share for share in summary["test_interval"])
         lines.append(f"{100 * summary['test_accuracy']:.1f} % of the {summary['test_images']} pictures put aside are "
                      f"right (95 % interval {low:.1f} to {high:.1f}); nothing was trained or chosen on them")
+        lines += _alike(summary, "test_")
     config = read_json(out / "model" / "config.json") if calibrated else {}
     if rests := rests_on(config):
         limit = config["threshold"]
