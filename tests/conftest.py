@@ -1,6 +1,7 @@
 "Shared by all tests: `--slow`, `--gpu`, and the development data named by FD_FOCUS_DATA."
 import multiprocessing
 import os
+import signal
 import socket
 from pathlib import Path
 
@@ -18,6 +19,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes, not seconds; run with --slow")
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; run with --gpu")
+    signal.signal(signal.SIGINT, signal.default_int_handler)     # a shell's background job would ignore it
     if not config.getoption("--gpu"): os.environ["CUDA_VISIBLE_DEVICES"] = ""     # figures are compared to the last bit
 
 

@@ -163,7 +163,7 @@ def test_killed_and_resumed_together(two, easy, start, finish, tmp_path):
     out = tmp_path / "run"
     group = start(out, **easy)
     while not boundary(out, 2): time.sleep(.01)
-    for process in group: os.kill(process.pid, signal.SIGKILL)
+    for process in group: process.kill()      # one may have ended by itself, of the other's death
     for process in group: process.join()
     assert len(read_checkpoint(out / "checkpoint.pt")["random"]) == 2
     statuses, said = finish(out, resume=True)

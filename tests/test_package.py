@@ -1,6 +1,7 @@
 "A release that installs without the tools of development, and a README that says what the notebooks say."
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -170,3 +171,32 @@ def test_the_data_package_has_the_names_of_its_modules():
     import fd_focus.data
     from fd_focus.data.benchmarks import aircraft_table
     assert fd_focus.data.aircraft_table is aircraft_table and not hasattr(fd_focus.data, "abacus")
+
+
+TUTORIALS = sorted((root / "nbs/tutorials").glob("*.ipynb"))
+
+def cells_of(notebook): return ["".join(cell["source"]) for cell in json.loads(notebook.read_text())["cells"]]
+
+@pytest.mark.parametrize("notebook", TUTORIALS, ids=lambda file: file.stem)
+def test_a_tutorial_opens_in_colab(notebook):
+    title, first = cells_of(notebook)[:2]
+    place = f"fd-focus/fd_focus/blob/main/nbs/tutorials/{notebook.name}"
+    assert f"](https://colab.research.google.com/github/{place})" in title
+    assert first == cells_of(TUTORIALS[0])[1], "the cell that installs is the same everywhere"
+
+
+@pytest.mark.slow
+def test_the_first_cell_of_a_tutorial_installs_the_library(tmp_path):
+    "In a fresh environment; git takes this clone for the public one."
+    python = tmp_path / "fresh/bin/python"
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "fresh"], check=True)
+    subprocess.run([python, "-m", "pip", "install", "-q", "ipython"], check=True)
+    script = tmp_path / "colab.ipy"
+    shown = "import os\nimport fd_focus.all\nprint(fd_focus.__file__, os.getcwd())"
+    script.write_text(f"{cells_of(TUTORIALS[0])[1]}\n{shown}")
+    here = dict(GIT_CONFIG_COUNT="1", GIT_CONFIG_KEY_0=f"url.{root.as_uri()}.insteadOf",
+                GIT_CONFIG_VALUE_0="https://github.com/fd-focus/fd_focus")
+    done = subprocess.run([python, "-m", "IPython", script], cwd=tmp_path, env=os.environ | here, text=True,
+                          capture_output=True)
+    assert f"{tmp_path / 'fresh'}" in done.stdout, done.stderr
+    assert done.stdout.rstrip().endswith("fd_focus/nbs/tutorials")
