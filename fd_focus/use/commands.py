@@ -267,11 +267,11 @@ def fd_focus_compare(
     print(compare_runs(folders))
 
 # %% ../../nbs/66_commands.ipynb #66_commands_053
-RIVALS = "plain focus bilinear nts boost partnet macnn racnn".split()     # of the paper's Table 1, and its own method
+RIVALS = "plain probe focus bilinear nts boost partnet macnn racnn".split()   # Table 1's, and a frozen body as the floor
 
 def write_plan(
     out: Path,             # folder of the question
-    methods: list[str],    # names, or 'all': those of the paper's Table 1
+    methods: list[str],    # names, or 'all': those of the paper's Table 1, and the floor
     seeds: str,            # such as 0,1,2
     settings: dict,        # that hold for all
 ) -> Path:                 # plan.yaml
