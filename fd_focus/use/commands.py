@@ -267,7 +267,7 @@ def fd_focus_compare(
     print(compare_runs(folders))
 
 # %% ../../nbs/66_commands.ipynb #66_commands_053
-RIVALS = "plain probe focus bilinear nts boost partnet macnn racnn".split()   # Table 1's, and a frozen body as the floor
+RIVALS = "plain probe focus bilinear nts boost partnet macnn racnn".split()  # Table 1's, and a frozen body as the floor
 
 def write_plan(
     out: Path,             # folder of the question
