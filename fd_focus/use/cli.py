@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from functools import reduce
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from .commands import (   # noqa: F401
     any_name, command, fd_focus_compare, fd_focus_experiment, fd_focus_train, prepare)
@@ -162,10 +163,10 @@ def fd_focus_predict(
     world: int = None,        # how many processes there are (or WORLD_SIZE); files then get .rank0, .rank1, ...
 ):
     """Classify pictures: a line each on a terminal; a row each in a file or a pipe, with the columns: file; label and
-    probability of the answer; sure: whether that is above the model's threshold; looked_again: whether it needed a
-    second look; label_2 to label_5 with probability_2 to probability_5; box_1 (left top right bottom, pixels of the
-    picture) and score_1 (attention there) of each region, best first; error. The exit status is 1 if any failed, but 0
-    under torchrun."""
+    probability of the answer; sure: whether that is above the model's threshold; known: False where it looks like
+    nothing the model knows; looked_again: whether it needed a second look; label_2 to label_5 with probability_2 to
+    probability_5; box_1 (left top right bottom, pixels of the picture) and score_1 (attention there) of each region,
+    best first; error. The exit status is 1 if any failed, but 0 under torchrun."""
     _check_model(model)
     prepare()
     from fd_focus.data.names import visible
@@ -257,42 +258,77 @@ def _beside(file: Path, beside: list[Path]) -> str:
     return ", ".join(names)
 
 # %% ../../nbs/67_cli.ipynb #95_cli111
+_GRAPHS = {"onnx": ".onnx", "openvino": ".xml", "torch-export": ".pt2", "web": ".onnx"}
+
+def _graph_file(format: str, out: str | None, int8: str | None, ort: str | None = None) -> Path:
+    "Where a graph goes. ValueError for a format that is none, or cannot have what was asked for."
+    if format not in _GRAPHS: raise ValueError(f"format={format!r}; use {', '.join(_GRAPHS)}")
+    if ort and format != "web": raise ValueError("--ort is for --format web")
+    if int8 and _GRAPHS[format] != ".onnx":
+        raise ValueError(f"--int8 makes an ONNX file; leave out --format {format}")
+    if format == "web": return Path(out or "web") / "model.onnx"
+    file = Path(out or f"model{_GRAPHS[format]}")
+    if file.suffix == _GRAPHS[format]: return file
+    raise ValueError(f"--out {file}: a file of format {format} ends in {_GRAPHS[format]}")
+
+# %% ../../nbs/67_cli.ipynb #67_cli_int8b
+def _write_graph(net, classifier, place: Path, format: str, opset: int | None, pixels, photos):
+    "A checked graph of that format in an empty folder; the `Parity`, and what 8 bits have changed, in words."
+    from fd_focus.use.export import FORMATS, check_parity, export_model, run_exported
+    from fd_focus.use.pipeline import fold_batch_norm
+    first, final = format if format in FORMATS else "onnx", place / f"model{_GRAPHS[format]}"
+    file = export_model(fold_batch_norm(net) if photos else net, place / f"exact{FORMATS[first]}", first, opset)
+    run = run_exported(file)
+    if format == "openvino":
+        from fd_focus.use.openvino import run_openvino, to_openvino
+        run = run_openvino(to_openvino(file, final))
+    parity = check_parity(net, run, pixels)
+    if not parity.ok: raise ValueError(f"the exported graph does not answer as PyTorch does: {parity}")
+    if not final.exists() and not photos: file.rename(final)
+    if not photos: return parity, ""
+    from fd_focus.use.int8 import quantise_checked
+    moved = quantise_checked(file, final, photos, classifier.pixels)
+    return parity, (f"in 8 bits, calibrated on {len(photos[0])} pictures; of others, {moved}; in 32 bits it has "
+                    f"{file.stat().st_size / 1e6:.1f} MB")
+
+# %% ../../nbs/67_cli.ipynb #67_cli_014
 @command
 def fd_focus_export(
     model: str,               # model folder, or owner/name on the Hugging Face hub
-    format: str = "onnx",     # onnx, or torch-export
-    out: str = None,          # file to write; not given: model.onnx or model.pt2
+    format: str = "onnx",     # onnx, openvino, torch-export, or web: a page that answers in the browser
+    out: str = None,          # file to write; not given: model.onnx, model.xml (and .bin), model.pt2; folder web
     opset: int = None,        # version of ONNX's operators; 20
     images: list[str] = None, # compare on files, folders, patterns, or - for a list on the standard input; else birds
     n: int = 64,              # compare on so many pictures at most
+    int8: str = None,         # convolutions in 8 bits, calibrated and judged on this folder of pictures (ONNX, web)
+    ort: str = None,          # web: folder of onnxruntime-web's files; not given: npm fetches them, or else the page
 ):
     "Write the model as one graph, image in, probabilities and regions out, and check that it answers as PyTorch does."
     _check_model(model)
     prepare()
     from fd_focus.training.machine import alone
-    from fd_focus.use.export import (
-        FORMATS, check_parity, export_model, how_to_prepare, run_exported, write_beside)
+    from fd_focus.use.export import how_to_prepare, write_beside
+    from fd_focus.use.int8 import calibration_files
     from fd_focus.use.model_folder import load_focus
     from fd_focus.use.predict import FocusClassifier
-    if format not in FORMATS: raise ValueError(f"format={format!r}; use {' or '.join(map(repr, FORMATS))}")
-    file = Path(out or f"model{FORMATS[format]}")
-    if file.suffix != FORMATS[format]:
-        raise ValueError(f"--out {file}: a file of format {format} ends in {FORMATS[format]}")
-    net = load_focus(model)
-    pixels = _pixels(FocusClassifier(net, "cpu"), images, n)
-    with alone(file):
-        part = export_model(net, file.with_name(f".{file.stem}.unchecked{file.suffix}"), format, opset)
-        try:
-            parity = check_parity(net, run_exported(part), pixels)
-            if not parity.ok: raise ValueError(f"the exported graph does not answer as PyTorch does: {parity}")
-            part.replace(file)
-        finally: part.unlink(missing_ok=True)
-        beside = write_beside(net, file)
+    from fd_focus.use.web import find_ort, write_page
+    file = _graph_file(format, out, int8, ort)
+    runtime = find_ort(ort) if format == "web" else None
+    photos = calibration_files(int8) if int8 else None
+    classifier = FocusClassifier(net := load_focus(model), "cpu")
+    pixels = _pixels(classifier, images, n)
+    with alone(file), TemporaryDirectory(prefix=f".{file.stem}.unchecked", dir=file.parent) as place:
+        parity, in_8_bits = _write_graph(net, classifier, Path(place), format, opset, pixels, photos)
+        for part in sorted(Path(place).glob("model.*")): part.replace(file.with_suffix(part.suffix))    # .bin first
+        beside = [] if format == "web" else write_beside(net, file)
+        if format == "web": page = write_page(net, file, file.parent, runtime)
     print(f"{file}: {file.stat().st_size / 1e6:.1f} MB; PyTorch and the exported graph on {parity}")
+    if in_8_bits: print(in_8_bits)
     who = {0: "none of them was", parity.images: "all of them were"}.get(parity.looked_again)
     if who: print(f"{who} looked at again; with --images of your own kind, both ways are compared")
     print("how a picture is prepared for it:", *how_to_prepare(net), sep="\n  - ")
-    print("beside it:", _beside(file, beside))
+    if beside: print("beside it:", _beside(file, beside))
+    else: print(f"the page is {page}; to try it: python -m http.server --directory {page.parent}")
 
 # %% ../../nbs/67_cli.ipynb #95_cli_bench2
 @command

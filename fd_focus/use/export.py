@@ -59,14 +59,15 @@ def how_to_prepare(
     "What happens to a photograph before the graph sees it, in words."
     p, banner = _preparation(net), getattr(net, "about", {}).get("banner")
     (height, width), (h, w) = p["resize"], p["input_size"]
-    part = "the whole picture, squashed" if p["squash"] else f"its largest centred part of the shape {width}:{height}"
+    part = {True: "the whole picture, squashed,", "pad": "the whole picture, its shape kept and the rest black,",
+            False: f"its largest centred part of the shape {width}:{height},"}[p["squash"]]
     return [
         "open it upright (EXIF orientation), as 8-bit RGB (not BGR) in sRGB, transparent parts on white",
         *([f"cut off the lowest {banner} pixels where it has the banner of the training pictures (preprocess.py "
            "--banner)"] if banner else []),
         *([f"a large JPEG may be decoded at 1/2, 1/4 or 1/8 where both sides keep {p['min_side']} pixels"]
           if p["min_side"] else []),
-        f"resize {part}, to {width} x {height} pixels (width x height): bilinear, antialiased as Pillow does it",
+        f"resize {part} to {width} x {height} pixels (width x height): bilinear, antialiased as Pillow does it",
         *([f"cut out the centre, {w} x {h} pixels"] if (h, w) != (height, width) else []),
         "divide by 255: float32 from 0 to 1; outside of that the graph answers NaN",
         f"channels first: an array of (pictures, 3, {h}, {w}), called image",
@@ -128,6 +129,7 @@ def export_model(
     if (written := program.model.opset_imports[""]) != opset:
         raise ValueError(f"opset={opset} cannot be had: the exporter wrote version {written}; use opset={written}, or "
                          "the default")
+    for node in program.model.graph.all_nodes(): node.metadata_props.clear()     # megabytes of this machine's paths
     program.model.metadata_props.update(about)
     return put(file, lambda part: program.save(part, external_data=False))
 
@@ -184,7 +186,7 @@ def prepare_photo(
     file,            # of a photograph
     about: dict,     # metadata of the graph: min_side, resize, squash, input_size
     banner: int = 0, # lowest pixels of the upright photograph, to cut off
-) -> tuple:         # (1,3,H,W) float32 from 0 to 1; (4,) xyxy: the part of the upright photograph that it shows
+) -> tuple:     # (1,3,H,W) float32 from 0 to 1; of the whole photograph the part (4,) xyxy that it shows, and its size
     "A photograph as the graph takes it."
     photo = Image.open(file)
     full, side = photo.size, about["min_side"] and about["min_side"] + banner
@@ -196,12 +198,16 @@ def prepare_photo(
     if below: photo = photo.crop((0, 0, photo.width, max(1, photo.height - below)))
     size, resized, seen = photo.size, about["resize"][::-1], about["input_size"][::-1]      # width, height
     size, resized, seen = np.array(size), np.array(resized), np.array(seen)
-    part = size if about["squash"] else np.maximum(1, (min(size / resized) * resized).astype(int))
-    start, border = (size - part) // 2, (resized - seen) // 2
-    photo = photo.crop((*start, *start + part)).resize(tuple(resized), Image.Resampling.BILINEAR)
-    pixels = np.asarray(photo.crop((*border, *border + seen)), np.float32).transpose(2, 0, 1)[None] / 255
-    view = np.array([border, border + seen]) * part / resized + start
-    return pixels, (view * times).ravel()
+    part, inner = size, resized
+    if about["squash"] == "pad": inner = np.maximum(1, np.round(min(resized / size) * size).astype(int))
+    elif not about["squash"]: part = np.maximum(1, (min(size / resized) * resized).astype(int))
+    start, place, border = (size - part) // 2, (resized - inner) // 2, (resized - seen) // 2
+    photo = photo.crop((*start, *start + part)).resize(tuple(inner), Image.Resampling.BILINEAR)
+    sheet = Image.new("RGB", tuple(resized))
+    sheet.paste(photo, tuple(place))
+    pixels = np.asarray(sheet.crop((*border, *border + seen)), np.float32).transpose(2, 0, 1)[None] / 255
+    view = np.array([border - place, border - place + seen]) * part / inner + start
+    return pixels, (view * times).ravel(), full
 
 # %% ../../nbs/64_export.ipynb #64_export_040
 def answer_photo(
@@ -212,13 +218,16 @@ def answer_photo(
     "What the model says of a photograph."
     about = {name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}
     if banner and "banner" not in about: raise ValueError("the graph knows of no banner: its training cut off none")
-    pixels, view = prepare_photo(file, about, about["banner"] if banner else 0)
+    pixels, view, size = prepare_photo(file, about, about["banner"] if banner else 0)
     found = dict(zip(about["outputs"], session.run(about["outputs"], {"image": pixels})))
     probabilities = found["probabilities"][0]
     best = int(probabilities.argmax())
     sure = bool(probabilities[best] >= about["threshold"]) if "threshold" in about else None
     scale = (view[2:] - view[:2]) / about["input_size"][::-1]
     boxes = found.get("boxes", np.zeros((1, 0, 4)))[0] * np.tile(scale, 2) + np.tile(view[:2], 2)
+    if about["squash"] == "pad":       # a region may lie in the border; at least a pixel of it is kept
+        size = np.array(size)
+        boxes = np.hstack([boxes[:, :2].clip(0, size - 1), boxes[:, 2:].clip(1, size)])
     return dict(label=about["classes"][best], probability=float(probabilities[best]), sure=sure, boxes=boxes)
 
 # %% ../../nbs/64_export.ipynb #64_export_042
