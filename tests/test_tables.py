@@ -12,7 +12,8 @@ from conftest import photograph, two_classes
 
 from fd_focus.data.loaders import FocusDataLoaders
 from fd_focus.data.pictures import DataWarning
-from fd_focus.data.tables import check_apart, check_table, csv_table, folder_table, stratified_split, with_parts
+from fd_focus.data.splits import fold_split, stratified_split
+from fd_focus.data.tables import check_apart, check_table, csv_table, folder_table, with_parts
 
 pytestmark = pytest.mark.usefixtures("no_memory_of_earlier_checks")
 
@@ -438,6 +439,21 @@ def test_a_share_of_every_class():
         assert pd.Series(held).groupby(labels).sum().to_dict() == {"a": 2, "b": 1, "c": 1, "d": 0}
     for pct in (0, 1, -.1):
         with pytest.raises(ValueError, match="use a share between 0 and 1"): stratified_split(labels, pct)
+
+
+def test_folds_judge_every_picture_once(tmp_path):
+    for label, n in dict(crow=7, jay=4).items():
+        (tmp_path / label).mkdir()
+        for i in range(n): photograph(i).save(tmp_path / label / f"{i}.jpg")
+    folds = [folder_table(tmp_path, f"{i}/3") for i in (1, 2, 3)]
+    assert sorted(file for table in folds for file in table.file[table.split == "valid"]) == sorted(folds[0].file)
+    assert all(table.attrs["judged_by"] == "train" for table in folds)
+    for wrong in ("4/3", "0/3", "3", "1/1"):
+        with pytest.raises(ValueError, match="such as 2/5"): fold_split(folds[0].label, wrong)
+    with pytest.raises(ValueError, match="no class has more than 7 pictures: use fewer"): folder_table(tmp_path, "1/8")
+    (tmp_path / "owl").mkdir()
+    photograph().save(tmp_path / "owl/0.jpg")
+    with pytest.raises(ValueError, match="class 'owl' has a single picture"): folder_table(tmp_path, "1/3")
 
 
 # Parts
