@@ -21,7 +21,7 @@ from fd_focus.training.settings import Settings
 from fd_focus.use import cli
 from fd_focus.use.cli import fd_focus_train
 from fd_focus.use.commands import command as command_of
-from fd_focus.use.model_folder import load_focus, save_focus
+from fd_focus.use.model_folder import load_focus, preparation, save_focus
 
 BIN = Path(sys.executable).parent
 TINY = ["--arch", "toy_resnet", "--image_size", "64", "--epochs", "1", "--bs", "4"]
@@ -227,6 +227,9 @@ def test_folder_settings_reach_the_data(folder, tmp_path):
     dls = make_learner(replace(base, on_bad_image="skip", valid_pct=.5, balance=True, cache=str(tmp_path / "kept"))).dls
     assert len(dls.valid_ds) == 9 and [Path(f).name for f in dls.skipped] == ["broken.png"]
     assert type(dls.train).__name__ == "BalancedDL"
+    for fit, squash in dict(squash=True, crop=False, pad="pad").items():
+        learn = make_learner(replace(base, on_bad_image="skip", fit=fit))
+        assert preparation(learn.dls, (64, 64))["squash"] == learn.dls.geometry[1] == squash
     assert len(make_learner(replace(base, data="toy", valid_per_class=3)).dls.valid_ds) == 36
 
 

@@ -265,7 +265,8 @@ def test_class_weights_reach_the_loss_or_are_refused(few_of_b):
                  class_weights="balanced", method="plain")
     learn = make_learner(s)
     assert torch.allclose(learn.loss_func.weight, torch.tensor([8 / (2 * 6), 8 / (2 * 2)]))
-    assert introduction(learn, replace(s, class_weights=None))[1].startswith("2 to 6 training pictures a class (--class_")
+    said = introduction(learn, replace(s, class_weights=None))
+    assert said[1].startswith("2 to 6 training pictures a class (--class_weights balanced")
     for method, told in dict(probe="this head is computed without one", boost="a loss of its own").items():
         with pytest.raises(ValueError, match=told): train(replace(s, method=method), bar=False)
     with pytest.raises(ValueError, match="use one of the two"): replace(s, balance=True)

@@ -204,6 +204,7 @@ def session(file): return pytest.importorskip("onnxruntime").InferenceSession(fi
         dict(squash=False, resize=[80, 72]),
         dict(min_side=None),
         dict(squash=False, input_size=[64, 64], resize=[65, 90], min_side=90),
+        dict(squash="pad", input_size=[64, 64], resize=[73, 90], min_side=90),
     ],
     ids=str,
 )
@@ -288,7 +289,8 @@ def answers_alike(net, folder, files):
         assert np.abs(found["boxes"] - want.boxes.numpy()).max(initial=0) < .05 * max(want.size), file.name
 
 
-PREPARED = [dict(resize=[73, 73], min_side=73), dict(squash=False, resize=[80, 72], threshold=.6)]
+PREPARED = [dict(resize=[73, 73], min_side=73), dict(squash=False, resize=[80, 72], threshold=.6),
+            dict(squash="pad")]
 
 @pytest.mark.parametrize("prepared", PREPARED, ids=str)
 def test_who_knows_only_the_file_gets_the_same_answers(saved, tmp_path, prepared):
@@ -378,7 +380,7 @@ def test_a_banner_is_cut_off_as_by_predict(saved, tmp_path):
         small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
         small.resize(size, Image.Resampling.BICUBIC).save(files[-1], **options)
     for file, want in zip(files, cut.predict(files)):
-        pixels, view = export.prepare_photo(file, about, banner=20)
+        pixels, view, _ = export.prepare_photo(file, about, banner=20)
         assert np.array_equal(pixels[0], cut.pixels(file).numpy()) and np.allclose(view, want.view)
         assert not np.array_equal(pixels, export.prepare_photo(file, about)[0])
         found = export.answer_photo(session(graph), file, banner=True)

@@ -355,6 +355,20 @@ def test_a_picture_one_pixel_wide_has_that_pixel(size):
         assert np.array_equal(np.asarray(seen), np.asarray(want))
 
 
+@pytest.mark.parametrize("size", [(300, 100), (101, 333), (57, 58), (64, 64), (1, 60_000), (60_000, 1)])
+def test_a_padded_picture_is_whole_on_black(size):
+    "In validation to the bit what prediction sees; a long one needs no memory for its square."
+    picture = PILImage.create(np.random.default_rng(0).integers(50, 256, (*size[::-1], 3), dtype=np.uint8))
+    for split in (1, 0, 0):
+        seen = paper_transforms(112, 128, "pad")[0](picture, split_idx=split)
+        rows, columns = (np.asarray(seen).max((1 - axis, 2)) > 0 for axis in (0, 1))
+        inner = [max(1, round(128 * side / max(size))) for side in size]
+        assert seen.size == (128, 128) and [columns.sum(), rows.sum()] == inner
+        if split: assert abs(columns.argmax() - (128 - inner[0]) / 2) < 1 > abs(rows.argmax() - (128 - inner[1]) / 2)
+        for transform in paper_transforms(112, 128, "pad")[1:] if split else (): seen = transform(seen, split_idx=1)
+        if split: assert np.array_equal(seen, prepare(picture, (128, 128), (112, 112), "pad")[0])
+
+
 def epoch(dls, workers):
     "Every batch of a training epoch from the same random state."
     set_seed(0)
@@ -363,8 +377,8 @@ def epoch(dls, workers):
     return [x for x, _ in dl]
 
 
-@pytest.mark.parametrize("kwargs", [dict(), dict(squash=False), dict(crop_scale=.3)],
-                         ids=["paper", "shape kept", "parts"])
+@pytest.mark.parametrize("kwargs", [dict(), dict(squash=False), dict(squash="pad"), dict(crop_scale=.3)],
+                         ids=["paper", "shape kept", "padded", "parts"])
 def test_kept_in_memory_training_sees_the_same(folder, kwargs):
     plain, kept = loaders(folder, **kwargs), loaders(folder, cache="ram", **kwargs)
     for workers in (0, 2, 0):                     # two processes fill the memory that all of them share

@@ -288,7 +288,7 @@ def test_folder_with_the_least(folder):
         (dict(threshold=True), "threshold is True"),
         (dict(judged_by="eye"), "judged_by is 'eye', but should be 'valid', 'test' or 'train'"),
         (dict(judged_by=["test"]), "judged_by is"),
-        (dict(squash="yes"), "squash is 'yes'"),
+        (dict(squash="yes"), "squash is 'yes', but should be true, false or 'pad'"),
         *((dict(banner=value), "banner is .*, but should be a number of pixels")
           for value in (-1, 20.5, True, "20", None, 10**9)),
         *((dict(evidence=value), "evidence is .*, but should be a table of whole numbers right <= of <= pictures")

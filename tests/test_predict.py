@@ -28,7 +28,7 @@ from fd_focus.data.pictures import DataWarning
 from fd_focus.use.model_folder import save_focus
 from fd_focus.methods import METHODS, Look, Method, register
 from fd_focus.training.learner import focus_learner
-from fd_focus.use.answer import explain
+from fd_focus.use.answer import cut_zooms, draw_heat, explain
 from fd_focus.use.files import Rows, find_pictures, predict_files
 from fd_focus.use.pipeline import FocusPipeline
 from fd_focus.use.predict import FocusClassifier, Prediction, draw_prediction, open_any, prepare
@@ -60,7 +60,7 @@ def expected(learn, dl):
     with learn.no_bar(): return learn.get_preds(dl=dl)[0]
 
 
-@pytest.mark.parametrize("squash", [True, False])
+@pytest.mark.parametrize("squash", [True, False, "pad"])
 def test_files_as_in_validation(birds, tmp_path, squash):
     dls = FocusDataLoaders.from_folder(birds, image_size=64, squash=squash, bs=4, num_workers=0)
     learn, folder = make(dls, tmp_path / "model")
@@ -141,7 +141,7 @@ def model(birds, tmp_path_factory):
     return make(dls, tmp_path_factory.mktemp("model"))[1]
 
 
-@pytest.mark.parametrize("squash", [True, False])
+@pytest.mark.parametrize("squash", [True, False, "pad"])
 def test_boxes_lie_on_the_original(model, squash):
     "Each box, cut from the original and enlarged, is what the network cut from its own input."
     classifier = FocusClassifier.load(model, "cpu")
@@ -153,6 +153,12 @@ def test_boxes_lie_on_the_original(model, squash):
     with torch.no_grad():
         boxes = classifier.pipeline(torch.from_numpy(np.array(seen)).permute(2, 0, 1)[None].float() / 255)[1][0]
     assert len(found.boxes) == 4 and found.size == (300, 400)
+    if squash == "pad":            # a region that lies in the border as well is cut off at the picture's edge
+        view, ends = torch.tensor(view), torch.tensor([0, 0, 400, 300])
+        edges = (ends - view[:2].repeat(2)) * torch.tensor(classifier.input_size[::-1]).repeat(2) / \
+            (view[2:] - view[:2]).repeat(2)
+        boxes = torch.cat([boxes[:, :2].maximum(edges[:2]), boxes[:, 2:].minimum(edges[2:])], 1)
+        assert (found.boxes >= 0).all() and (found.boxes <= ends[2:].repeat(2)).all()
     for ours, theirs in zip(found.boxes.tolist(), boxes.tolist()):
         a = np.asarray(smooth.crop([round(v) for v in ours]), float).mean((0, 1))
         b = np.asarray(seen.crop([round(v) for v in theirs]), float).mean((0, 1))
@@ -947,13 +953,27 @@ def test_a_jpeg_beyond_pillows_limit_is_answered_and_an_app_may_ask_for_less(mod
         with pytest.raises(ValueError, match="1200x900 pixels are more than"): open_any(source, 200, max_pixels=50_000)
 
 
-@pytest.mark.parametrize("squash", [True, False])
+@pytest.mark.parametrize("squash", [True, False, "pad"])
 def test_a_picture_one_pixel_wide_is_not_black(squash):
     for size in ((1, 500), (500, 1), (1, 1), (3, 700)):
         for side in (64, 98, 103, 206):         # 1 / 98 * 98 is a little less than 1
             seen, view = prepare(Image.new("RGB", size, (200, 100, 50)), (side, side), (side - 8, side - 8), squash)
-            assert seen.size == (side - 8, side - 8) and np.asarray(seen).min((0, 1)).tolist() == [200, 100, 50]
+            pixels = np.asarray(seen)
+            there = pixels.max((0, 1)) if squash == "pad" else pixels.min((0, 1))        # on black, or nothing but it
+            assert seen.size == (side - 8, side - 8) and there.tolist() == [200, 100, 50]
             assert (view[2:] > view[:2]).all()
+
+
+def test_a_region_in_the_border_is_drawn_at_the_edge(model):
+    "Of a long padded picture most regions lie in the border: boxes stay in the picture, and it can be drawn."
+    classifier = FocusClassifier.load(model, "cpu")
+    classifier.squash = "pad"
+    for size in ((2000, 100), (30, 900), (1, 400)):
+        found = classifier.predict(picture := Image.new("RGB", size, (90, 120, 60)))
+        assert (found.boxes >= 0).all() and (found.boxes <= torch.tensor(size).repeat(2)).all()
+        assert (found.boxes[:, 2:] - found.boxes[:, :2] > 0).all() and len(found.boxes) == 4
+        drawn = draw_prediction(picture, found)
+        assert drawn.size == size and len(cut_zooms(picture, found)) == 4 and draw_heat(picture, found).size == size
 
 
 def test_a_pipeline_is_made_while_others_use_the_network(monkeypatch):

@@ -57,6 +57,8 @@ def test_names_are_said_once():
     (dict(balance=True, valid_pct=.1), "valid_pct, balance: for pictures"),
     (dict(data="photos", split="test", n_classes=3), "split, n_classes: for toy birds, not for data='photos'"),
     (dict(data="photos", balance=True, class_weights="balanced"), "class_weights counts them more: use one of the two"),
+    (dict(data="photos", fit="stretch"), "fit='stretch' is none of 'squash', 'crop', 'pad'"),
+    (dict(fit="pad"), "fit: for pictures in a folder"),
     (dict(class_weights="rare"), "class_weights='rare' is none of 'balanced'"),
     (dict(layer_decay=0.), "layer_decay=0.0; use a share above 0, such as 0.75"),
     (dict(layer_decay=1.5), "1: the whole body learns alike"),

@@ -88,8 +88,8 @@ def in_step(x, found, tolerance=2):
 
 
 @pytest.mark.parametrize("kwargs", [
-    dict(), dict(squash=False), dict(item_tfms=[RandomCrop(110), Resize(112), FlipItem()]),
-    dict(item_tfms=[Resize(112, ResizeMethod.Pad, "zeros")])], ids=["paper", "shape kept", "own", "padded"])
+    dict(), dict(squash=False), dict(squash="pad"), dict(item_tfms=[RandomCrop(110), Resize(112), FlipItem()]),
+    dict(item_tfms=[Resize(112, ResizeMethod.Pad, "zeros")])], ids=["paper", "shape kept", "whole", "own", "padded"])
 def test_truth_against_pixels(red_boxes, tmp_path, kwargs):
     dls = FocusDataLoaders.from_table(red_boxes, tmp_path, image_size=112, bs=6, num_workers=0, **kwargs)
     items, found = dls.valid_ds.items, dls.truth(dls.valid_ds.items)
@@ -100,12 +100,12 @@ def test_truth_against_pixels(red_boxes, tmp_path, kwargs):
     assert found["visible"].tolist() == [[True, False]] * 6       # the picture's corner is cropped away
 
 
-@pytest.mark.parametrize("squash", [True, False])
+@pytest.mark.parametrize("squash", [True, False, "pad"])
 def test_the_closed_form_against_fastais_transforms(red_boxes, tmp_path, squash):
     dls = FocusDataLoaders.from_table(red_boxes, tmp_path, image_size=112, bs=6, num_workers=0, squash=squash)
     quick, dls.geometry = dls.truth(dls.valid_ds.items), None
     for name, values in dls.truth(dls.valid_ds.items).items():      # a kept shape is rounded to whole pixels
-        assert np.abs(values.astype(float) - quick[name]).max() < (1e-3 if squash else 1), name
+        assert np.abs(values.astype(float) - quick[name]).max() < (1e-3 if squash is True else 1), name
 
 
 def test_a_table_without_boxes_says_so(folder):
@@ -114,7 +114,7 @@ def test_a_table_without_boxes_says_so(folder):
         with pytest.raises(ValueError, match="know no boxes: localisation needs a table with a column 'box'"): ask()
 
 
-@pytest.mark.parametrize("squash", [True, False])
+@pytest.mark.parametrize("squash", [True, False, "pad"])
 def test_points_of_a_csv_against_pixels(red_boxes, tmp_path, squash):
     "The middle of each red box, given in a parts.csv, is the middle of the red that the network sees."
     rows = red_boxes.assign(split=red_boxes.split.replace("valid", "test"))

@@ -62,7 +62,7 @@ def _of(cls: FocusDataLoaders, dls, table: pd.DataFrame, image_size: int, path="
     self.judged_by = "valid" # pictures that accuracy is measured on: 'valid', 'test', or a share of 'train'
     self.reader = open_image # item to picture
     self.min_side = None     # of `open_image`, as these loaders use it
-    self.geometry = None     # (side resized to, squashed?) of `paper_transforms`; None: other transforms
+    self.geometry = None     # (side resized to, squash) of `paper_transforms`; None: other transforms
     return self
 
 # %% ../../nbs/25_loaders.ipynb #60_data037
@@ -130,7 +130,7 @@ def from_table(cls: FocusDataLoaders,
     path: str | Path = ".",           # folder the files are relative to
     image_size: int = 448,            # side of what the network sees, pixels
     resize: int | None = None,        # see `paper_transforms`
-    squash: bool = True,              # see `paper_transforms`
+    squash: bool | str = True,        # see `paper_transforms`
     crop_scale: float | None = None,  # see `paper_transforms`
     item_tfms: list | None = None,    # instead of `paper_transforms`; must end in pictures of `image_size`
     batch_tfms: list | None = None,   # normalisation is added by the learner, which knows the body

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'EXTENSIONS', 'is_picture', 'upright_size', 'read_image', 'open_image', 'check_images', 'bad_images',
-           'DataWarning', 'duplicate_images', 'ReducedPictures']
+           'DataWarning', 'duplicate_images', 'fit_inside', 'ReducedPictures']
 
 # %% ../../nbs/20_pictures.ipynb #20_pictures_004
 import hashlib
@@ -329,6 +329,18 @@ def duplicate_images(
     found = _trouble(suspects.assign(group=whole))
     number = {group: i for i, group in enumerate(dict.fromkeys(found.group))}
     return found.drop(columns="place").assign(group=found.group.map(number)).sort_values(["group", "split", "file"])
+
+# %% ../../nbs/20_pictures.ipynb #20_pictures_011
+def fit_inside(
+    size: tuple[int, int],      # width and height of a picture
+    whole: tuple[int, int],     # and of what it is put into
+    at: tuple[float, float] = (.5, .5),   # its place there: 0 left or top, 1 right or bottom
+) -> tuple[int, int, int, int]:           # xyxy
+    "Where a picture lies that keeps its shape and is as large as fits, at least a pixel wide."
+    scale = min(whole[0] / size[0], whole[1] / size[1])
+    w, h = (max(1, round(scale * side)) for side in size)
+    x, y = int(at[0] * (whole[0] - w)), int(at[1] * (whole[1] - h))
+    return x, y, x + w, y + h
 
 # %% ../../nbs/20_pictures.ipynb #60_data032
 class ReducedPictures:

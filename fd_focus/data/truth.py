@@ -100,9 +100,11 @@ def place_points(
     sizes: np.ndarray,       # (B,2) width, height of the files
     resize: int,             # side they are resized to, pixels
     image_size: int,         # side of the centre crop, pixels
-    squash: bool = True,     # False: the shorter side becomes `resize`
+    squash: bool | str = True,   # False: the shorter side becomes `resize`; 'pad': the longer one
 ) -> np.ndarray:             # (B,K,2) in pixels of the crop
     "Where points are after a resize and a centre crop, in closed form: no picture is opened."
-    scale = resize / sizes if squash else np.repeat(resize / sizes.min(1, keepdims=True), 2, 1)
+    if squash == "pad": side = sizes.max(1, keepdims=True)
+    else: side = sizes if squash else sizes.min(1, keepdims=True)
+    scale = resize / side
     border = (image_size - sizes * scale) / 2
     return (points + 1) / 2 * (sizes * scale)[:, None] + border[:, None]

@@ -143,6 +143,7 @@ def uneven(
     counts = np.unique(labels, return_counts=True)[1]
     return bool(len(counts) and counts.max() >= 2 * counts.min())
 
+# %% ../../nbs/50_comparison.ipynb #50_comparison_016
 def macro_scores(
     labels,              # (N,) what the pictures show, at least 1
     answers,             # (N,) what was answered, of the same kind

@@ -212,7 +212,7 @@ def shapes_of(self: FocusLearner,
     indices: list[int],                   # of its items
 ) -> list[tuple[int, int]] | None:        # (height, width) each; None where no picture is squashed
     "Sizes of the photographs, for figures that undo the squashing."
-    squashed = (getattr(self.dls, "geometry", None) or (0, False))[1]
+    squashed = (getattr(self.dls, "geometry", None) or (0, False))[1] is True
     return [self.dls.photograph(dl.items[i]).size[::-1] for i in indices] if squashed else None
 
 @contextmanager
@@ -314,8 +314,8 @@ def class_weights(
 ) -> Tensor:            # (C,) N/(C·n_c), scikit-learn's 'balanced'
     "Weights for `FocusLoss(weight=...)`, from the training pictures. ValueError for a class without any."
     from sklearn.utils.class_weight import compute_class_weight
-    labels = [int(label) for label in dls.train_ds.tls[1]]
-    return torch.tensor(compute_class_weight("balanced", classes=torch.arange(dls.c).numpy(), y=labels), dtype=torch.float32)
+    classes, labels = torch.arange(dls.c).numpy(), [int(label) for label in dls.train_ds.tls[1]]
+    return torch.tensor(compute_class_weight("balanced", classes=classes, y=labels), dtype=torch.float32)
 
 # %% ../../nbs/30_learner.ipynb #30_learner_130
 def _body(arch, pretrained: bool, weights, cut, arch_kwargs: dict | None) -> tuple[nn.Module, tuple | None]:

@@ -69,7 +69,10 @@ def make_loaders(settings: Settings) -> FocusDataLoaders:
     if s.data == "toy":
         dls = FocusDataLoaders.from_toy(s.images_per_class, s.valid_per_class, split=s.split, n_classes=s.n_classes,
                                         mark_size=s.mark_size, clutter=s.clutter, **common)
-    else: dls = FocusDataLoaders.from_folder(s.data, **common, **{name: getattr(s, name) for name in FOLDER_SETTINGS})
+    else:
+        given = {name: getattr(s, name) for name in FOLDER_SETTINGS}
+        squash = {"squash": True, "crop": False, "pad": "pad"}[given.pop("fit")]
+        dls = FocusDataLoaders.from_folder(s.data, squash=squash, **common, **given)
     choices = dict(early_stop=s.early_stop, keep_best=s.keep_best, look_again=s.look_again is not None)
     if dls.judged_by == "test" and any(choices.values()):
         instead = "split='valid'" if s.data == "toy" else \

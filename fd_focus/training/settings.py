@@ -47,6 +47,8 @@ class DataSettings:
     on_duplicate: Literal["warn", "drop"] = setting("warn", "warn of pictures found twice, or drop them")
     balance: bool = setting(False, "draw every class equally often in training")
     cache: str | None = setting(None, "ram: keep decoded pictures in memory; a folder: keep large ones there, reduced")
+    fit: Literal["squash", "crop", "pad"] = setting("squash",
+        "to a square: squash pictures, crop their longer side, or pad the shorter one with black")
     crop_scale: float | None = setting(None, "train on random parts of at least this share of a picture")
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class ToySettings:
     clutter: float = setting(.5, "things in the background")
 
 TOY_SETTINGS = tuple(option.name for option in fields(ToySettings))
-FOLDER_SETTINGS = ("valid_pct", "test_pct", "on_bad_image", "on_duplicate", "balance", "cache", "crop_scale")
+FOLDER_SETTINGS = ("valid_pct", "test_pct", "on_bad_image", "on_duplicate", "balance", "cache", "fit", "crop_scale")
 
 # %% ../../nbs/35_settings.ipynb #35_settings_073
 @dataclass(frozen=True)
@@ -185,8 +187,8 @@ def _check_together(s) -> None:
         (s.heads_every < 0, f"heads_every={s.heads_every}; use a number of epochs, or 0 for the last one only"),
         (s.valid_every != 1 and (s.early_stop or s.keep_best),
          f"early_stop and keep_best choose by every epoch, and valid_every={s.valid_every} judges only some"),
-        (s.balance and s.class_weights, "balance draws pictures of rare classes more often, and class_weights counts them "
-                                        "more: use one of the two"),
+        (s.balance and s.class_weights,
+         "balance draws pictures of rare classes more often, and class_weights counts them more: use one of the two"),
         (not_modern, f"ema and mixup belong to recipe='modern', not to {s.recipe!r}"),
         (s.input_size and s.input_size < s.image_size,
          f"input_size={s.input_size} is smaller than image_size={s.image_size}"),

@@ -129,7 +129,7 @@ _CHECKS = dict(    # name: is it right, what is expected
     options=_TABLE, settings=_TABLE, versions=_TABLE,
     metrics=(_metrics, "a table, its accuracy a number or null, its interval two numbers, its counts whole numbers"),
     image_size=_SIZE, input_size=_LARGER, resize=_LARGER,
-    squash=(lambda v: type(v) is bool, "true or false"),
+    squash=(lambda v: type(v) is bool or v == "pad", "true, false or 'pad'"),
     min_side=(lambda v: v is None or type(v) is int and v > 0, "a number of pixels, or null"),
     banner=(lambda v: type(v) is int and 0 <= v <= 8192, "a number of pixels, 0 to 8192"),
     mean=(_triple, "three numbers"), std=(lambda v: _triple(v) and min(v) >= 1e-6, "three numbers above 0"),

@@ -42,7 +42,7 @@ def preparation(
     "How validation prepares a picture: resize, centre crop, normalise. Warns of transforms it cannot record."
     from fastai.data.transforms import IntToFloatTensor, Normalize
     from fastai.vision.augment import AffineCoordTfm, RandomCrop, Resize, ResizeMethod
-    from fd_focus.data.items import CropFlip
+    from fd_focus.data.items import CropFlip, PadResize
     from fastai.vision.core import ToTensor
     resize = crop = None
     squash, stats, other = True, ([0.] * 3, [1.] * 3), []
@@ -51,6 +51,7 @@ def preparation(
         if only_training or isinstance(transform, (ToTensor, IntToFloatTensor)): continue
         if isinstance(transform, AffineCoordTfm) and transform.size is None: continue   # leaves validation as it is
         if isinstance(transform, Normalize): stats = _numbers(transform.mean), _numbers(transform.std)
+        elif isinstance(transform, PadResize) and resize is None: resize, squash = list(transform.size[::-1]), "pad"
         elif isinstance(transform, Resize) and transform.method != ResizeMethod.Pad and resize is None:
             resize, squash = list(transform.size[::-1]), transform.method == ResizeMethod.Squish
         elif isinstance(transform, (RandomCrop, CropFlip)) and resize is not None and crop is None:

@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from PIL import Image
 from torch import Tensor
 
-from ..data.pictures import _read, read_image, upright_size
+from ..data.pictures import _read, fit_inside, read_image, upright_size
 from ..methods import Method
 from .model_folder import load_focus
 from .pipeline import FocusPipeline, fold_batch_norm
@@ -95,21 +95,24 @@ def prepare(
     image: Image.Image,       # upright RGB
     resize: tuple[int, int],  # height and width, pixels
     input_size: tuple[int, int],  # height and width of the centre that is kept
-    squash: bool = True,      # False: resize the largest centred part of the same shape
+    squash: bool | str = True,    # False: resize the largest centred part of the same shape; 'pad': the whole, on black
 ) -> tuple[Image.Image, np.ndarray]:  # what the network sees, and its `view` (4,) xyxy in pixels of `image`
     "What fastai's Resize and RandomCrop do in validation, and where it came from."
     (width, height), (rh, rw), (h, w) = image.size, resize, input_size
-    left, top = 0, 0
-    if not squash:
+    left, top, whole = 0, 0, (0, 0, rw, rh)
+    if squash == "pad": whole = fit_inside(image.size, (rw, rh))
+    elif not squash:
         scale = min(width / rw, height / rh)
         part = max(1, int(scale * rw)), max(1, int(scale * rh))      # of a picture that is one pixel wide, not nothing
         left, top = int(.5 * (width - part[0])), int(.5 * (height - part[1]))
         image = image.crop((left, top, left + part[0], top + part[1]))
         width, height = part
     x, y = (rw - w) // 2, (rh - h) // 2
-    seen = image.resize((rw, rh), Image.Resampling.BILINEAR).crop((x, y, x + w, y + h))
-    view = np.array([x, y, x + w, y + h]) * np.tile([width / rw, height / rh], 2) + np.tile([left, top], 2)
-    return seen, view
+    w_in, h_in = whole[2] - whole[0], whole[3] - whole[1]
+    sheet = Image.new("RGB", (rw, rh))
+    sheet.paste(image.resize((w_in, h_in), Image.Resampling.BILINEAR), whole[:2])
+    view = np.array([x, y, x + w, y + h]) - np.tile(whole[:2], 2)
+    return sheet.crop((x, y, x + w, y + h)), view * np.tile([width / w_in, height / h_in], 2) + np.tile([left, top], 2)
 
 # %% ../../nbs/61_predict.ipynb #92_predict031
 @dataclass(frozen=True)
@@ -254,6 +257,9 @@ def _one(self: FocusClassifier, found: dict[str, Tensor], view: np.ndarray, size
     view = torch.from_numpy(view).float()
     scale = (view[2:] - view[:2]) / torch.tensor(self.input_size[::-1])
     boxes = boxes * scale.repeat(2) + view[:2].repeat(2)
+    if self.squash == "pad":         # a region may lie in the border; at least a pixel of it is kept
+        end = torch.tensor(size[::-1])
+        boxes = torch.cat([boxes[:, :2].clamp(min=0).minimum(end - 1), boxes[:, 2:].clamp(min=1).minimum(end)], 1)
     (label, probability), scores = top5[0], found.get("scores", torch.full((len(boxes),), torch.nan))
     sure = None if self.threshold is None else probability >= self.threshold
     again = bool(found["looked_again"]) if "looked_again" in found else None
@@ -373,6 +379,7 @@ def draw_prediction(
     image = open_any(source, min(size))[0]
     if image.size != size: image = image.resize(size, Image.Resampling.LANCZOS)
     dark, view = image.point(lambda value: value // 2), [round(side * scale) for side in prediction.view.tolist()]
+    view = [min(max(0, side), end) for side, end in zip(view, 2 * image.size)]         # padded, it saw more
     dark.paste(image.crop(view), view[:2])
     from fd_focus.use.sheet import draw_frames       # with matplotlib's fonts: whoever draws nothing does without
     return draw_frames(dark, (prediction.boxes * scale).tolist())
