@@ -957,7 +957,7 @@ def test_hub(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", hub)
     monkeypatch.chdir(tmp_path)
     assert load_focus("somebody/birds", revision="v1").classes == load_focus(folder).classes
-    assert asked == [("somebody/birds", "v1", ["config.json", "model.safetensors"])]
+    assert asked == [("somebody/birds", "v1", ["config.json", "model.safetensors", "known.safetensors"])]
     with pytest.raises(
         FileNotFoundError,
         match="no model folder nobody/birds, and the Hugging Face hub did not give it: 404 Not Found$",
@@ -970,7 +970,7 @@ def test_hub(folder, tmp_path, monkeypatch):
     assert not asked
     assert push_to_hub(folder, "somebody/birds", commit_message="first") == "https://hub/somebody/birds"
     assert sent[0][1]["private"] is True and sent[1]["commit_message"] == "first"
-    assert sent[1]["allow_patterns"] == ["config.json", "model.safetensors", "README.md"]
+    assert sent[1]["allow_patterns"] == ["config.json", "model.safetensors", "known.safetensors", "README.md"]
     (folder / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="damaged"): push_to_hub(folder, "somebody/birds")
     assert len(sent) == 2

@@ -378,7 +378,7 @@ def test_rows_say_who_looked_again(choosy, birds, tmp_path, kind):
     want = [found.looked_again for found in ask_all(choosy, "half", files)]
     if kind == "csv":
         table = pd.read_csv(out, keep_default_na=False)
-        assert list(table.columns[:5]) == ["file", "label", "probability", "sure", "looked_again"]
+        assert list(table.columns[:6]) == ["file", "label", "probability", "sure", "known", "looked_again"]
         assert list(table.looked_again) == [str(looked) for looked in want] + [""] and table.error.iloc[-1]
     else:
         rows = [json.loads(line) for line in out.read_text().splitlines()]
@@ -554,7 +554,7 @@ def test_an_error_without_words_has_its_name(model):
     Rows(text, "csv", 3, 4, header=False).write("x.jpg", MemoryError())
     assert text.getvalue().splitlines() == [
         '{"file": "x.jpg", "error": "MemoryError()"}',
-        "x.jpg" + "," * 17 + "MemoryError()",
+        "x.jpg" + "," * 18 + "MemoryError()",
     ]
 
 
@@ -600,6 +600,7 @@ def test_folder_to_csv(model, birds, tmp_path):
         "label",
         "probability",
         "sure",
+        "known",
         "looked_again",
         "label_2",
         "probability_2",

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..draw import VEIL, spotlight
-from .config import judges, rests_on
+from .config import judges, passes, rests_on
 from .predict import FocusClassifier, NoAnswer, Prediction, _lasting, draw_prediction, open_any
 from .sheet import PAGE, PANEL, badge, bar, below, beside, flow, plate, region_colour, words
 
@@ -94,7 +94,8 @@ class Explanation:
 
     @property
     def verdict(self) -> str:
-        "'sure', 'doubt', or 'unknown' where the model has no threshold."
+        "'strange' for what looks like nothing known; else 'sure', 'doubt', or 'unknown': the model has no threshold."
+        if self.prediction.known is False: return "strange"
         return {True: "sure", False: "doubt", None: "unknown"}[self.prediction.sure]
 
     def _repr_html_(self): return self.to_html()
@@ -129,25 +130,35 @@ def looks(self: Explanation) -> str:
     if self.verdict == "doubt": return "The model took one look; only pictures it is less sure of get a second."
     return "One look was enough."
 
+# %% ../../nbs/62_answer.ipynb #62_answer_015
+@patch
+def warning(self: Explanation) -> str:
+    "What it means that a picture is strange, in plain words; nothing where it is not."
+    if self.verdict != "strange": return ""
+    return (f"It looks like nothing this model knows: {passes(self.prediction.model)} look so strange. "
+            "The classes below are those that it resembles most.")
+
 # %% ../../nbs/62_answer.ipynb #97_app042d
-_COLOURS = dict(sure="#15803d", doubt="#b45309", unknown="#475569")
+_COLOURS = dict(sure="#15803d", doubt="#b45309", unknown="#475569", strange="#7e22ce")
 _NO_REGIONS = "This model answers from the whole picture and shows no regions."
 
 @patch
 def headline(self: Explanation) -> str:
     "The answer, or the doubt."
+    if self.verdict == "strange": return f"Looks like nothing I know; most like {self.prediction.label}"
     return f"Not sure: most like {self.prediction.label}" if self.verdict == "doubt" else self.prediction.label
 
 @patch
 def confidence(self: Explanation) -> str:
     "Its confidence in a word or two."
-    return _percent(self.prediction.probability) + dict(sure=", sure", doubt="", unknown=", no limit")[self.verdict]
+    return _percent(self.prediction.probability) + dict(unknown=", no limit", sure=", sure").get(self.verdict, "")
 
 @patch
 def text(self: Explanation) -> str:
     "All that is to be said below the headline."
     less = "" if len(self.prediction.boxes) else _NO_REGIONS
-    parts = (self._limit(), self.sentence().partition(self._limit())[2].strip(), self.looks(), less, self.note)
+    rest = self.sentence().partition(self._limit())[2].strip()
+    parts = (self.warning(), self._limit(), rest, self.looks(), less, self.note)
     return " ".join(part for part in parts if part)
 
 # %% ../../nbs/62_answer.ipynb #62_answer_001

@@ -26,7 +26,7 @@ from PIL import Image
 
 from ..data.pictures import EXTENSIONS, open_image
 from .answer import Explanation, _box, explain
-from .config import judges, when_again
+from .config import judges, passes, when_again
 from .predict import FocusClassifier
 
 # %% ../../nbs/65_app.ipynb #62_answer_notice
@@ -130,6 +130,7 @@ def about(classifier: FocusClassifier) -> str:
             "sure from": "no limit chosen" if limit is None else percent(limit)}
     if limit is not None and limit > 1: rows["sure from"] = "never: no limit was good enough"
     if (again := config.get("look_again_below")) is not None: rows["second look"] = when_again(again)
+    if config.get("known"): rows["says what looks like nothing it knows"] = passes(config)
     if classifier.banner: rows["cut off below"] = f"{classifier.banner} pixels, a banner"
     names = ", ".join(map(_plain, classes[:200])) + (f" and {len(classes) - 200} more" if len(classes) > 200 else "")
     head, *lines = (f"| {name} | {value} |" for name, value in rows.items())

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from fastcore.basics import patch
 from PIL import Image
 from torch import Tensor
@@ -20,9 +21,10 @@ from torch import Tensor
 from ..data.pictures import DataWarning
 from ..training.machine import put
 from .predict import FocusClassifier, Prediction, _pictures
+from .unknown import Known, choose_known
 
 # %% ../../nbs/62_features.ipynb #62_features_010
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Features:
     "What a model has computed of pictures, as arrays: row i is about `sources[i]`. Pictures in `failed` have no row."
     sources: list                 # the pictures
@@ -36,10 +38,12 @@ class Features:
 
     def __len__(self) -> int: return len(self.sources)
 
-    def __repr__(self):
-        regions = "" if self.regions is None else f", {self.regions.shape[1]} regions each"
-        failed = f", {len(self.failed)} failed" if self.failed else ""
-        return f"Features({len(self)} pictures, {self.image.shape[1]} numbers each{regions}{failed})"
+# %% ../../nbs/62_features.ipynb #62_features_035
+@patch
+def __repr__(self: Features) -> str:
+    regions = "" if self.regions is None else f", {self.regions.shape[1]} regions each"
+    failed = f", {len(self.failed)} failed" if self.failed else ""
+    return f"Features({len(self)} pictures, {self.image.shape[1]} numbers each{regions}{failed})"
 
 # %% ../../nbs/62_features.ipynb #62_features_011
 class Gathered:
@@ -54,15 +58,17 @@ class Gathered:
         self.rows.append((source, found.label, found.probability, inner["features"], inner["logits"],
                           inner.get("regions"), boxes))
 
-    def features(self) -> Features:
-        "The arrays. ValueError where no picture could be answered."
-        if not self.rows:
-            why = f"none of {len(self.failed)} could be read; the first: {self.failed[0][1]}" if self.failed else "none"
-            raise ValueError(f"no pictures to take features of ({why})")
-        sources, labels, probability, *parts = zip(*self.rows)
-        image, logits, regions, boxes = (None if part[0] is None else np.stack(part) for part in parts)
-        return Features(list(sources), list(labels), np.array(probability, np.float32), image, logits, regions, boxes,
-                        self.failed)
+# %% ../../nbs/62_features.ipynb #62_features_036
+@patch
+def features(self: Gathered) -> Features:
+    "The arrays. ValueError where no picture could be answered."
+    if not self.rows:
+        why = f"none of {len(self.failed)} could be read; the first: {self.failed[0][1]}" if self.failed else "none"
+        raise ValueError(f"no pictures to take features of ({why})")
+    sources, labels, probability, *parts = zip(*self.rows)
+    image, logits, regions, boxes = (None if part[0] is None else np.stack(part) for part in parts)
+    return Features(list(sources), list(labels), np.array(probability, np.float32), image, logits, regions, boxes,
+                    self.failed)
 
 # %% ../../nbs/62_features.ipynb #62_features_014
 def _one_by_one(source) -> Iterable:
@@ -71,6 +77,7 @@ def _one_by_one(source) -> Iterable:
     one = isinstance(source, (str, Path, bytes, bytearray, Image.Image, np.ndarray, Tensor)) or hasattr(source, "read")
     return source if isinstance(source, Iterable) and not one else [source]
 
+# %% ../../nbs/62_features.ipynb #62_features_037
 @patch
 def features(self: FocusClassifier,
     source,                     # a picture, see `open_any`; a list of such, or what gives them one by one
@@ -114,6 +121,28 @@ def mean_features(
     if len(which) != len(features): raise ValueError(f"{len(features)} features, but {len(which)} labels")
     features = normalize(features)
     return names.tolist(), normalize(np.stack([features[which == i].mean(0) for i in range(len(names))]))
+
+# %% ../../nbs/62_features.ipynb #62_features_032
+@patch
+def _of_split(self: FocusClassifier, pictures: pd.DataFrame, split: str, **options) -> tuple[Features, np.ndarray]:
+    "Features of a part of the pictures, and their classes as numbers."
+    rows = pictures[pictures.split == split]
+    if not len(rows): raise ValueError(f"no pictures of split {split!r}; both 'train' and 'valid' are needed")
+    if unknown := set(rows.label) - set(self.classes): raise ValueError(f"the model does not know {min(unknown)!r}")
+    labels, found = dict(zip(rows.file, rows.label)), self.features(list(rows.file), **options)
+    return found, np.array([self.classes.index(labels[file]) for file in found.sources])
+
+# %% ../../nbs/62_features.ipynb #62_features_038
+@patch
+def learn_known(self: FocusClassifier,
+    pictures: pd.DataFrame,     # columns file (with its folder), label, split: 'train', and 'valid' to choose by
+    share: float = .95,         # of the validation pictures is to pass
+    bs: int = 16, workers: int | None = None,   # see `stream`
+) -> Known:                     # for `add_known`
+    "What tells pictures of nothing known. ValueError for a split without pictures, or a label that is no class."
+    train, labels = self._of_split(pictures, "train", bs=bs, workers=workers)
+    valid, truth = self._of_split(pictures, "valid", bs=bs, workers=workers)
+    return choose_known(train.image, labels, valid.image, valid.logits, truth, share)
 
 # %% ../../nbs/62_features.ipynb #62_features_027
 @patch

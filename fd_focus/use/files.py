@@ -125,7 +125,7 @@ class Rows:
         self.clean, self.width = str if kind == "jsonl" else clean, 20
         others = (f"{name}_{i}" for i in range(2, self.top + 1) for name in ("label", "probability"))
         regions = (f"{name}_{i}" for i in range(1, boxes + 1) for name in ("box", "score"))
-        self.columns = ["file", "label", "probability", "sure", "looked_again", *others, *regions, "error"]
+        self.columns = ["file", "label", "probability", "sure", "known", "looked_again", *others, *regions, "error"]
         self.writer = csv.writer(stream, lineterminator="\n")
         if header and kind == "csv": self.writer.writerow(self.columns)
 
@@ -154,7 +154,7 @@ def write(self: Rows, file, found: Prediction | Exception, error: Exception | No
 def _cells(self: Rows, row: dict) -> Iterator:
     "What stands in a table between the file and the error."
     yield from (self.clean(row["label"]), row["probability"])
-    yield from ("" if row[name] is None else row[name] for name in ("sure", "looked_again"))
+    yield from ("" if row[name] is None else row[name] for name in ("sure", "known", "looked_again"))
     for label, probability in row["top5"][1:]: yield from (self.clean(label), probability)
     for box, score in zip(row["boxes"], row["scores"]):
         yield from (" ".join(map(str, box)), "" if score is None else score)
@@ -169,6 +169,7 @@ def _line(self: Rows, name: str, found: Prediction | None, why: str) -> str:
         sure = {None: "", True: "sure", False: "not sure"}[found.sure]
         looks = {None: "", True: "looked again", False: "one look"}[found.looked_again]
         parts += [f"{100 * found.probability:3.0f} %", sure.ljust(8), looks.ljust(12), self.clean(found.label)]
+        if found.known is False: parts.append("(looks like nothing I know)")
     return "  ".join(part for part in (*parts, why) if part.strip()).rstrip()
 
 # %% ../../nbs/63_files.ipynb #62_files_029
@@ -290,6 +291,7 @@ class Tally:
     sure: int | None = None           # of the answered; None: the model has no threshold
     seconds: float | None = None      # from the first picture to the last
     no_number: int = 0                # answered with NaN
+    strange: int | None = None        # like nothing the model knows; None: the model cannot tell
 
     def add(self, found: Prediction | Exception, error: Exception | None):
         "One more picture, and what went wrong with it."
@@ -299,6 +301,7 @@ class Tally:
         self.answered += 1
         if found.looked_again is not None: self.looked_again = (self.looked_again or 0) + found.looked_again
         if found.sure is not None: self.sure = (self.sure or 0) + found.sure
+        if found.known is not None: self.strange = (self.strange or 0) + (not found.known)
 
     def __str__(self):
         if not self.pictures:
@@ -306,7 +309,8 @@ class Tally:
         parts = [f"{self.pictures} picture{'s' * (self.pictures != 1)}"]
         if self.seconds is not None: parts[0] += f" in {self.seconds:.1f} s"
         if self.before: parts.append(f"{self.before} more answered before")
-        for number, what in ((self.sure, "sure"), (self.looked_again, "looked again")):
+        counts = {"sure": self.sure, "looked again": self.looked_again, "like nothing known": self.strange}
+        for what, number in counts.items():
             if number is not None: parts.append(f"{number} {what} ({100 * number / self.answered:.0f} %)")
         if self.failed: parts.append(f"{self.failed} failed: see the last column")
         if self.no_number and not self.answered:

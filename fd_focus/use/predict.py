@@ -132,16 +132,19 @@ class Prediction:
     source: object = field(default=None, repr=False, compare=False)        # the picture, where it is remembered
     model: dict = field(default_factory=dict, repr=False, compare=False)   # config.json of the model that says so
     inner: dict | None = field(default=None, repr=False, compare=False)    # features, logits: where they are asked for
+    known: bool | None = None        # False: it looks like nothing the model knows; None: the model cannot tell
+    novelty: float | None = None     # how unlike all that it knows, see notebook 59_unknown
 
     def __repr__(self):
         doubt = {None: "", True: ", sure", False: ", not sure"}[self.sure]
         looks = {None: "", True: ", looked again", False: ", one look"}[self.looked_again]
+        doubt += ", like nothing it knows" if self.known is False else ""
         where = f"{len(self.boxes)} boxes in {self.size[1]}x{self.size[0]} pixels"
         return f"Prediction({self.label!r}, {self.probability:.3f}{doubt}{looks}, {where})"
 
     def as_dict(self) -> dict:
-        "Plain numbers for JSON: label, probability, sure, looked_again, top5, boxes, scores."
-        return dict(label=self.label, probability=round(self.probability, 6), sure=self.sure,
+        "Plain numbers for JSON: label, probability, sure, known, looked_again, top5, boxes, scores."
+        return dict(label=self.label, probability=round(self.probability, 6), sure=self.sure, known=self.known,
                     looked_again=self.looked_again, top5=[[name, round(p, 6)] for name, p in self.top5],
                     boxes=[[round(side, 1) for side in box] for box in self.boxes.tolist()],     # enough for a program
                     scores=[round(score, 4) if math.isfinite(score) else None for score in self.scores.tolist()])
@@ -186,7 +189,8 @@ class FocusClassifier:
         self.dtype = _precision(amp, self.device)
         self.pipeline = FocusPipeline(fold_batch_norm(net) if fold else net)
         self.pipeline.to(self.device, memory_format=torch.channels_last)
-        self.threshold, self.keeps = self.config.get("threshold"), ""      # or "features", "regions": see notebook 62
+        self.threshold, self.known = self.config.get("threshold"), getattr(net, "known", None)
+        self.keeps = ""                                    # or "features", "regions": see notebook 62
         def pair(size): return (size, size) if isinstance(size, int) else tuple(size)
         self.input_size = pair(self.config.get("input_size", self.config["image_size"]))
         self.resize = pair(self.config.get("resize", [round(side * 8 / 7) for side in self.input_size]))
@@ -233,9 +237,12 @@ def _outputs(self: FocusClassifier, x: Tensor) -> dict[str, Tensor]:
     "What the pipeline says of a batch, by name."
     inner = {}
     with torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext():
-        if self.keeps: shown, inner = self.pipeline.inside(x, self.keeps == "regions")
+        if self.keeps or self.known: shown, inner = self.pipeline.inside(x, self.keeps == "regions")
         else: shown = self.pipeline(x)
-    return {name: part.float().cpu() for name, part in (dict(zip(self.pipeline.outputs, shown)) | inner).items()}
+    found = {name: part.float().cpu() for name, part in (dict(zip(self.pipeline.outputs, shown)) | inner).items()}
+    if not self.known: return found
+    novelty = self.known.novelty(found["features"].numpy(), found["logits"].numpy())
+    return found | dict(novelty=torch.from_numpy(novelty))
 
 @patch
 @torch.inference_mode()
@@ -247,6 +254,7 @@ def _answers(self: FocusClassifier, prepared: list[tuple]) -> list[Prediction | 
     return [self._one({name: part[i] for name, part in outputs.items()}, view, size)
             for i, (view, size) in enumerate(zip(views, sizes))]
 
+# %% ../../nbs/61_predict.ipynb #61_predict_010
 @patch
 def _one(self: FocusClassifier, found: dict[str, Tensor], view: np.ndarray, size: tuple[int, int]):
     "The answer about one picture, in its own pixels."
@@ -263,9 +271,11 @@ def _one(self: FocusClassifier, found: dict[str, Tensor], view: np.ndarray, size
     (label, probability), scores = top5[0], found.get("scores", torch.full((len(boxes),), torch.nan))
     sure = None if self.threshold is None else probability >= self.threshold
     again = bool(found["looked_again"]) if "looked_again" in found else None
+    novelty = found["novelty"].item() if "novelty" in found else None
     inner = {name: found[name] for name in ("features", "logits", "regions") if name in found} if self.keeps else None
     return Prediction(label, probability, sure, top5, probabilities, boxes, scores, found.get("attention"), view, size,
-                      looked_again=again, model=self.config, inner=inner)
+                      looked_again=again, model=self.config, inner=inner, novelty=novelty,
+                      known=None if novelty is None else novelty <= self.known.limit)
 
 # %% ../../nbs/61_predict.ipynb #61_predict_007
 class _Ahead:
