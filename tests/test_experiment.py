@@ -10,11 +10,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
+from fd_focus.data.pictures import DataWarning
 from fd_focus.evidence.comparison import (macro_intervals, macro_scores, paired_difference, plot_results,
                                           read_predictions, read_rows, summarise)
 from fd_focus.evidence.experiment import PlannedRun, _same, keep_predictions, load_plan, run_experiment
+from fd_focus.evidence.folds import join_folds
 from fd_focus.training.run import train
 from fd_focus.training.settings import Settings
 from fd_focus.use.commands import fd_focus_experiment
@@ -286,3 +289,29 @@ def test_methods_under_one_recipe_are_a_plan(tmp_path):
                         (dict(seeds="a"), "give whole numbers")):
         with pytest.raises(SystemExit, match=said): fd_focus_experiment(None, **asked | wrong)
     with pytest.raises(SystemExit, match="write it into the plan"): fd_focus_experiment(str(tmp_path / "rivals"), lr=.1)
+
+
+def test_folds_judge_all_pictures_and_name_labels_that_look_wrong(tmp_path, capsys):
+    photos = tmp_path / "photos"
+    for kind, colour in dict(red=(190, 60, 60), green=(60, 190, 60), blue=(60, 60, 190)).items():
+        (photos / kind).mkdir(parents=True)
+        for i in range(8):
+            pixels = np.random.default_rng(i).normal(colour, 60, (48, 48, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(photos / kind / f"{kind}{i}.png")
+    (photos / "red/red0.png").rename(photos / "blue/red0.png")
+    asked = dict(out=str(tmp_path / "folds"), methods=["probe"], data=str(photos), arch="toy_resnet", image_size=48,
+                 pretrained=False, epochs=1, bs=8, workers=0, folds=3, rival="probe")
+    with pytest.warns(DataWarning, match="random weights"): fd_focus_experiment(None, **asked)
+    assert "1 picture may be labelled wrongly, says probe" in capsys.readouterr().out
+    wrong = pd.read_csv(tmp_path / "folds/out_of_fold/labels.csv")
+    said = [(Path(line.file).name, line.label, line.suggested) for line in wrong.itertuples()]
+    assert said == [("red0.png", "blue", "red")]
+    assert (tmp_path / "folds/out_of_fold/labels.png").exists()
+    joined = read_predictions(tmp_path / "folds/out_of_fold", "default", "probe", 0)
+    assert len(set(joined["files"].tolist())) == len(joined["files"]) == 24
+    rows = pd.read_csv(tmp_path / "folds/rows.csv")
+    rows[rows.data != "default, fold 2 of 3"].to_csv(tmp_path / "folds/rows.csv", index=False)
+    with pytest.raises(ValueError, match="probe, seed 0 lacks fold 2 of 3: run the plan again"):
+        join_folds(tmp_path / "folds")
+    with pytest.raises(SystemExit, match="fold and valid_pct are given by the folds"):
+        fd_focus_experiment(None, **asked | dict(out=str(tmp_path / "other"), valid_pct=.5))

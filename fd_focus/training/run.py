@@ -72,6 +72,7 @@ def make_loaders(settings: Settings) -> FocusDataLoaders:
     else:
         given = {name: getattr(s, name) for name in FOLDER_SETTINGS}
         squash = {"squash": True, "crop": False, "pad": "pad"}[given.pop("fit")]
+        if fold := given.pop("fold"): given["valid_pct"] = fold
         dls = FocusDataLoaders.from_folder(s.data, squash=squash, **common, **given)
     choices = dict(early_stop=s.early_stop, keep_best=s.keep_best, look_again=s.look_again is not None)
     if dls.judged_by == "test" and any(choices.values()):

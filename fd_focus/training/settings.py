@@ -42,6 +42,7 @@ class DataSettings:
     data: str = setting("toy", "'toy', or a folder: class folders, train/ and valid/, or split.csv (file,label,split)")
     input_size: int | None = setting(None, "cut regions from pictures of this side, pixels; not given: image_size")
     valid_pct: float | None = setting(None, "judge by this share of the training pictures, not by its split")
+    fold: str | None = setting(None, "judge by this part of the training pictures: 2/5 is the second of five")
     test_pct: float | None = setting(None, "put this share of the pictures aside, to judge by at the end")
     on_bad_image: Literal["error", "skip"] = setting("error", "stop at an unreadable picture, or skip it")
     on_duplicate: Literal["warn", "drop"] = setting("warn", "warn of pictures found twice, or drop them")
@@ -62,7 +63,7 @@ class ToySettings:
     clutter: float = setting(.5, "things in the background")
 
 TOY_SETTINGS = tuple(option.name for option in fields(ToySettings))
-FOLDER_SETTINGS = ("valid_pct", "test_pct", "on_bad_image", "on_duplicate", "balance", "cache", "fit", "crop_scale")
+FOLDER_SETTINGS = tuple("valid_pct fold test_pct on_bad_image on_duplicate balance cache fit crop_scale".split())
 
 # %% ../../nbs/35_settings.ipynb #35_settings_073
 @dataclass(frozen=True)
@@ -169,6 +170,9 @@ def checked(name: str, value, annotation):
 # %% ../../nbs/35_settings.ipynb #35_settings_085
 def _check_together(s) -> None:
     "ValueError for values that make no sense, alone or with others."
+    if s.fold:
+        from fd_focus.data.splits import parse_fold
+        parse_fold(s.fold)
     others, kind = (FOLDER_SETTINGS, "pictures in a folder") if s.data == "toy" else (TOY_SETTINGS, "toy birds")
     wrong = [name for name in others if getattr(s, name) != s.__dataclass_fields__[name].default]
     taken = set(s.__dataclass_fields__)
@@ -178,6 +182,7 @@ def _check_together(s) -> None:
     shares = [f"{name}={share}" for name, share in shares.items() if share is not None and not 0 < share < 1]
     for bad, message in (
         (shares, f"{', '.join(shares)}; use a share between 0 and 1"),
+        (s.fold and s.valid_pct, "fold and valid_pct both say which pictures judge; give one of them"),
         (s.epochs < 1, f"epochs={s.epochs}; train for at least 1"),
         (s.bs < 2, f"bs={s.bs}; batch norm needs at least 2"),
         (s.lr is not None and not s.lr > 0, f"lr={s.lr}; use a learning rate above 0"),

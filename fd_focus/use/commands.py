@@ -301,28 +301,54 @@ def fd_focus_experiment(
     summary: bool = False,    # only print the summary of the rows that are there
     methods: list[str] = None,  # without a plan: these, or all, under one recipe of --data and other settings
     seeds: str = "0",         # with --methods: such as 0,1,2
+    folds: int = None,        # run each variant so many times, judged by another part of the pictures each time
     **settings,               # with --methods: any of `Settings`
 ):
     """Train variants × seeds of a plan, and print the mean of each with its paired gain over the rival. Or compare
-    --methods: then the plan is written, and accuracy against cost is drawn (cost.png)."""
+    --methods: then the plan is written, and accuracy against cost is drawn (cost.png). With --folds 5 every picture
+    judges once, and those whose label looks wrong are listed."""
     if bool(plan) == bool(methods): raise ValueError("give a plan, or --methods (such as all) with --data and --out")
     if methods and not out: raise ValueError("--methods: give --out, the folder for plan, rows and figure")
     if settings and not methods: raise ValueError(f"{', '.join(settings)}: write it into the plan")
     prepare()
     plan = plan or str(write_plan(Path(out), methods, seeds, settings).parent)
-    _experiment(plan, out, rival, summary, draw=bool(methods))
+    _experiment(plan, out, rival, summary, bool(methods), folds)
 
 # %% ../../nbs/66_commands.ipynb #66_commands_055
-def _experiment(plan: str, out: str | None, rival: str, summary: bool, draw: bool) -> None:
+def _experiment(plan: str, out: str | None, rival: str, summary: bool, draw: bool, folds: int | None) -> None:
     "Run a plan, and show what came out."
     from fd_focus.evidence.comparison import plot_cost, summarise
     from fd_focus.evidence.experiment import load_plan, results_folder, run_experiment
     from fd_focus.training.run import save_figure
     load_plan(plan)           # a plan with an error is known before anything else
-    rows = None if summary else run_experiment(plan, out, lambda line: print(line, flush=True))
-    folder = results_folder(plan, out)
+    rows = None if summary else run_experiment(plan, out, lambda line: print(line, flush=True), folds)
+    failed, folder = 0 if summary else (rows.status != "ok").sum(), results_folder(plan, out)
+    if folds and not failed: folder = _together(folder)
     table = summarise(folder, rival)
     print(table.round(2).to_string(index=False))
     if draw and rival in set(table.variant): save_figure(folder / "cost.png", lambda: plot_cost(folder, rival))
-    if rows is not None and (failed := (rows.status != "ok").sum()):
-        sys.exit(f"fd_focus: {failed} of {len(rows)} runs failed; see the column status of {folder / 'rows.csv'}")
+    if folds and not failed: _check_labels(folder, table)
+    if not failed: return
+    sys.exit(f"fd_focus: {failed} of {len(rows)} runs failed; see the column status of {folder / 'rows.csv'}")
+
+# %% ../../nbs/66_commands.ipynb #66_commands_026
+def _together(folder: Path) -> Path:
+    "The folder of what all folds have answered."
+    from fd_focus.evidence.folds import join_folds
+    print(f"every picture judged once, by a network that has not seen it: {(joined := join_folds(folder))}")
+    return joined
+
+def _check_labels(folder: Path, table) -> None:
+    "labels.csv and labels.png: pictures whose label looks wrong to the best variant."
+    from fd_focus.evidence.comparison import read_rows
+    from fd_focus.evidence.folds import check_labels, plot_wrong
+    from fd_focus.training.run import save_figure
+    best, rows = table.sort_values("accuracy").iloc[-1], read_rows(folder)
+    seed = rows.seed[(rows.data == best.data) & (rows.variant == best.variant)].min()
+    try: found = check_labels(folder, best.data, best.variant, seed)
+    except ModuleNotFoundError as error: return print(error)
+    print(f"{len(found)} picture{'s' * (len(found) != 1)} may be labelled wrongly, says {best.variant}", end="")
+    if found.empty: return print()
+    found.to_csv(folder / "labels.csv", index=False)
+    save_figure(folder / "labels.png", lambda: plot_wrong(found))
+    print(f": {folder / 'labels.csv'}; the first of them in labels.png")
