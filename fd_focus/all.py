@@ -25,11 +25,14 @@ from .draw import plot_attention, plot_focus, plot_regions, plot_zooms
 from .data.pictures import DataWarning, bad_images, check_images, duplicate_images, open_image
 from .data.items import loader_speed, paper_transforms
 from .data.loaders import FocusDataLoaders
-from .training.learner import FocusInterpretation, FocusLearner, focus_learner, history, to_pixels
+from .training.learner import FocusInterpretation, FocusLearner, class_weights, focus_learner, history
+from .training.learner import to_pixels
 from .training.checkpoint import Checkpoint, KeepBest
 from .training.settings import Settings, make_settings
 from .training.run import plot_curves
-from .evidence.comparison import multiply_adds, paired_difference, plot_results, summarise
+
+# %% ../nbs/90_all.ipynb #90_all_010
+from .evidence.comparison import macro_scores, multiply_adds, paired_difference, plot_results, summarise
 from .evidence.experiment import run_experiment
 from .evidence.localisation import BIRD_GROUPS, BoxRecall, ObjectCoverage, PartHitRate, PointingGame
 from .evidence.localisation import box_recall, group_hit, localisation, localisation_metrics, object_coverage
@@ -38,15 +41,20 @@ from .evidence.calibration import Calibration, calibrate_logits, confidence_thre
 from .evidence.calibration import expected_calibration_error, fit_temperature, plot_confused
 from .evidence.calibration import reliability_diagram
 from .evidence.look_again import LookAgain, calibrate, look_again_curve, plot_look_again
+from .evidence.folds import join_folds, likely_wrong, plot_wrong
 from .evidence.controls import RandomRegionsNet
 from .evidence.pointing import cam, point_with
 from .use.config import write_card
-from .use.model_folder import load_focus, push_to_hub, save_focus
+from .use.unknown import compare_scores, tell_apart
+from .use.model_folder import add_known, load_focus, push_to_hub, save_focus
 from .use.predict import FocusClassifier, FocusPipeline, Prediction, draw_prediction
 from .use.compare import compare_runs
 from .use.evaluate import Evaluation, evaluate, labelled_pictures
 from .use.export import check_parity, export_model
 from .use.answer import Explanation, explain
+from .use.features import Features, mean_features, nearest
+from .use.hub import describe_model
+from .use.int8 import quantise_checked
 from .use.app import build_app, focus_widget, launch_app
 
 __all__ = sorted(name for name in globals() if not name.startswith("_"))

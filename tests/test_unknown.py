@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import photograph, shaken
+from conftest import photograph, shaken, two_classes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score, roc_curve
@@ -17,6 +17,7 @@ from fd_focus.training.learner import focus_learner
 from fd_focus.use.answer import explain
 from fd_focus.use.app import about
 from fd_focus.use.cli import fd_focus_predict
+from fd_focus.use.commands import fd_focus_train
 from fd_focus.use.features import Features  # noqa: F401 -- gives a classifier `learn_known`
 from fd_focus.use.model_folder import add_known, load_focus, save_focus
 from fd_focus.use.predict import FocusClassifier
@@ -190,3 +191,14 @@ def test_rows_cards_and_the_app_say_so(told, files, tmp_path, capsys):
 def test_a_known_object_is_shared_and_not_copied():
     known = Known("neighbours", .1, 1, np.ones((2, 3), np.float16))
     assert copy.deepcopy(known) is known
+
+
+def test_a_training_can_store_what_tells_the_unknown(tmp_path, capsys):
+    two_classes(tmp_path / "photos")
+    asked = dict(method="plain", arch="toy_resnet", pretrained=False, image_size=48, epochs=1, bs=4, workers=0,
+                 unknown=True)
+    fd_focus_train(data=str(tmp_path / "photos"), out=str(tmp_path / "run"), examples=0, **asked)
+    assert "it tells pictures like nothing it knows" in capsys.readouterr().out
+    classifier = FocusClassifier.load(tmp_path / "run/model")
+    assert classifier.predict(photograph(99)).known in (True, False)
+    with pytest.raises(SystemExit, match="unknown: for pictures in a folder"): fd_focus_train(**asked)

@@ -92,8 +92,6 @@ def load_plan(
     return runs
 
 # %% ../../nbs/57_experiment.ipynb #57_experiment_021
-_FOLD = "{}, fold {} of {}"
-
 def in_folds(
     runs: list[PlannedRun],   # of `load_plan`
     k: int,                   # folds, at least 2
@@ -104,7 +102,7 @@ def in_folds(
         raise ValueError(f"{toy[0]}: toy birds can be drawn anew, folds are for a folder of pictures")
     if split := [run.variant for run in runs if run.settings.fold or run.settings.valid_pct]:
         raise ValueError(f"{split[0]}: fold and valid_pct are given by the folds; leave them out of the plan")
-    return [replace(run, data=_FOLD.format(run.data, n, k), settings=replace(run.settings, fold=f"{n}/{k}"))
+    return [replace(run, data=f"{run.data}, fold {n} of {k}", settings=replace(run.settings, fold=f"{n}/{k}"))
             for n in range(1, k + 1) for run in runs]
 
 # %% ../../nbs/57_experiment.ipynb #75_experiment013

@@ -28,6 +28,7 @@ def _joined(parts: list[dict]) -> dict:
     order = np.argsort(found["files"])
     return {name: array[order] for name, array in found.items()}
 
+# %% ../../nbs/58_folds.ipynb #58_folds_030
 def _one_row(group: pd.DataFrame, data: str, found: dict) -> dict:
     "A row for all folds: accuracy over all pictures, seconds of all trainings, means of the rest."
     first, means = group.iloc[0].to_dict(), group.select_dtypes("number").mean().to_dict()

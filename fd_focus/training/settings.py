@@ -121,6 +121,7 @@ class RecipeSettings:
     ema: float | None = setting(None, "modern: decay of a moving average of the weights, such as 0.99")
     mixup: float = setting(0., "modern: strength of MixUp; 0 is none")
     early_stop: int = setting(0, "stop after so many epochs without a better validation accuracy; 0: never")
+    unknown: bool = setting(False, "tell pictures like nothing known, by features of the training pictures")
     keep_best: bool = setting(False, "end with the weights of the epoch with the best validation accuracy")
 
 # %% ../../nbs/35_settings.ipynb #35_settings_080
@@ -170,9 +171,6 @@ def checked(name: str, value, annotation):
 # %% ../../nbs/35_settings.ipynb #35_settings_085
 def _check_together(s) -> None:
     "ValueError for values that make no sense, alone or with others."
-    if s.fold:
-        from fd_focus.data.splits import parse_fold
-        parse_fold(s.fold)
     others, kind = (FOLDER_SETTINGS, "pictures in a folder") if s.data == "toy" else (TOY_SETTINGS, "toy birds")
     wrong = [name for name in others if getattr(s, name) != s.__dataclass_fields__[name].default]
     taken = set(s.__dataclass_fields__)
@@ -182,6 +180,8 @@ def _check_together(s) -> None:
     shares = [f"{name}={share}" for name, share in shares.items() if share is not None and not 0 < share < 1]
     for bad, message in (
         (shares, f"{', '.join(shares)}; use a share between 0 and 1"),
+        (s.fold and not re.fullmatch(r"\d+/\d+", s.fold), f"fold={s.fold!r}; write number and how many, such as 2/5"),
+        (s.unknown and s.data == "toy", "unknown: for pictures in a folder, not for data='toy'"),
         (s.fold and s.valid_pct, "fold and valid_pct both say which pictures judge; give one of them"),
         (s.epochs < 1, f"epochs={s.epochs}; train for at least 1"),
         (s.bs < 2, f"bs={s.bs}; batch norm needs at least 2"),

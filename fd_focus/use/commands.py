@@ -338,6 +338,7 @@ def _together(folder: Path) -> Path:
     print(f"every picture judged once, by a network that has not seen it: {(joined := join_folds(folder))}")
     return joined
 
+# %% ../../nbs/66_commands.ipynb #66_commands_061
 def _check_labels(folder: Path, table) -> None:
     "labels.csv and labels.png: pictures whose label looks wrong to the best variant."
     from fd_focus.evidence.comparison import read_rows

@@ -21,7 +21,7 @@ from ..training.settings import Settings, resolve, workers_to_spare
 from .compare import validation_answers, write_answers
 from .config import add_metrics, judges, read_json, rests_on, write_card
 from .evaluate import evaluate
-from .model_folder import save_focus
+from .model_folder import add_known, save_focus
 from .predict import FocusClassifier
 from .seen import seen_before
 
@@ -157,6 +157,17 @@ def _judge(learn, summary: dict, out: Path) -> dict:
     return found | judged
 
 # %% ../../nbs/65_report.ipynb #66_commands_028
+def _tell_unknown(learn, model: Path) -> None:
+    "Let the model know which pictures look like nothing it has seen; one pass over all pictures."
+    if num_distrib() > 1: return print("--unknown: left out, for each of several processes has a share of the pictures")
+    table = learn.dls.table[["file", "label", "split"]]
+    table = table.assign(file=[os.path.join(learn.dls.path, file) for file in table.file])
+    import fd_focus.use.features    # noqa: F401 -- gives a FocusClassifier `learn_known`
+    add_known(model, known := FocusClassifier.load(model).learn_known(table))
+    hidden = "" if known.auroc is None else f" (AUROC {known.auroc:.2f} for classes hidden from it in a trial)"
+    print(f"it tells pictures like nothing it knows{hidden}; {100 * known.share:.0f} % of the validation pictures pass")
+
+# %% ../../nbs/65_report.ipynb #65_report_080
 def leave_report(
     learn, table, summary: dict,  # of `train`
     settings: Settings,           # as they were asked for
@@ -175,6 +186,7 @@ def leave_report(
         sure = dict(calibration=calibration)
     metrics = {name: summary[name] for name in ("accuracy", "valid_images")}
     save_focus(learn, out / "model", metrics=metrics, settings=summary["settings"], **sure)
+    if settings.unknown: _tell_unknown(learn, out / "model")
     if sure: summary |= _judge(learn, summary, out)
     if not learn.dls.write_skipped(out): (out / "skipped.csv").unlink(missing_ok=True)      # an earlier run's
     write_examples(learn, out / "model", examples)
