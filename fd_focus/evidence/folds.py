@@ -13,6 +13,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from PIL import ImageOps
 
 from ..data.pictures import open_image
 from ..data.tables import folder_table
@@ -89,20 +90,22 @@ def likely_wrong(
 # %% ../../nbs/58_folds.ipynb #58_folds_018
 def plot_wrong(
     table: pd.DataFrame,     # of `likely_wrong`
-    open_one=open_image,     # a file -> picture, or array
+    open_one=open_image,     # a file -> PIL image
     n: int = 12,             # at most so many
     columns: int = 3,
 ) -> plt.Figure:
-    "The pictures whose label is the least likely: label in red, and what networks take them for."
+    "The pictures whose label is the least likely: the label in red, and what networks take them for."
     table = table.head(n)
     rows = max(1, -(-len(table) // columns))
-    fig, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 2.7 * rows), layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(rows, columns, figsize=(3.3 * columns, 2.9 * rows), squeeze=False)
+    fig.subplots_adjust(left=.01, right=.99, bottom=.01, top=1 - .15 / rows, wspace=.04, hspace=.2)
     for ax in axes.flat: ax.axis("off")
     for ax, line in zip(axes.flat, table.itertuples(), strict=False):
-        ax.imshow(open_one(line.file), cmap="gray_r")
-        ax.set_title(f"labelled {line.label}\n", fontsize=9, color="C3", parse_math=False)
-        said = f"looks like {line.suggested}, {100 * line.suggested_probability:.0f} %"
-        ax.text(.5, 1.03, said, transform=ax.transAxes, ha="center", fontsize=9, parse_math=False)
+        ax.imshow(ImageOps.pad(open_one(line.file).convert("RGB"), (480, 360), color="white"))
+        said = f"{line.label}?", f"rather {line.suggested}, {100 * line.suggested_probability:.0f} %"
+        for text, height, colour in zip(said, (1.1, 1.02), ("C3", "black")):
+            ax.text(.5, height, text, transform=ax.transAxes, ha="center", color=colour, parse_math=False,
+                    fontsize=min(9, 420 / len(text)))
     return fig
 
 # %% ../../nbs/58_folds.ipynb #58_folds_021
