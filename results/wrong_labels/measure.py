@@ -52,7 +52,8 @@ def main():
     mended = sum(right[file] == suggested for file, suggested, hit in zip(files, named.suggested, found) if hit)
     n = len(wrong)
     row = dict(pictures=len(right), planted=n, named=len(files), found=sum(found), found_in_first=sum(found[:n]),
-               found_in_twice=sum(found[:2 * n]), mended=mended, seed=asked.seed, accuracy=pd.read_csv(joined / "rows.csv").accuracy[0])
+               found_in_twice=sum(found[:2 * n]), mended=mended, seed=asked.seed,
+               accuracy=pd.read_csv(joined / "rows.csv").accuracy[0])
     file = HERE / "rows.csv"
     rows = [pd.read_csv(file)] if file.exists() else []
     pd.concat([*rows, pd.DataFrame([row])]).to_csv(file, index=False)
