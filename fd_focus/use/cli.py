@@ -11,13 +11,13 @@ import re
 import signal
 import sys
 from contextlib import nullcontext
-from functools import reduce
+from functools import partial, reduce
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from .commands import (   # noqa: F401
-    any_name, command, fd_focus_compare, fd_focus_experiment, fd_focus_train, prepare)
+    IMPORTED, any_name, command, fd_focus_compare, fd_focus_experiment, fd_focus_train, import_own, prepare)
 
 # %% ../../nbs/67_cli.ipynb #95_cli101c
 _PLACES = dict(rank=("RANK", 0), world=("WORLD_SIZE", 1))    # where torchrun says it, and what holds without
@@ -138,10 +138,35 @@ def _pictures_of(paths: list[str], rank: int | None, world: int | None, drawings
     return find_pictures(paths, listed(sys.stdin) if "-" in paths else (), *_share_of(rank, world), drawings)
 
 # %% ../../nbs/67_cli.ipynb #67_cli_012
-def _kind_of(file: Path | None) -> str:
-    "What rows are written as where nobody says: by the file's ending; text for a person at a terminal."
-    if file is None: return "text" if sys.stdout.isatty() else "csv"
-    return "jsonl" if file.suffix in (".jsonl", ".json", ".ndjson") else "csv"
+def _kind_of(file: Path | None, given: str | None = None, resume: bool = False) -> str:
+    "What rows are written as; not said: by the file's ending, text at a terminal. ValueError before --out is emptied."
+    from fd_focus.use.files import check_kind
+    by_name = "jsonl" if file and file.suffix in (".jsonl", ".json", ".ndjson") else "csv"
+    check_kind(kind := given or ("text" if file is None and sys.stdout.isatty() else by_name))
+    if resume and kind == "text": raise ValueError("--resume reads what it has written: use --format csv or jsonl")
+    return kind
+
+def _end(tally, alone: bool, **places) -> None:
+    "Say how it went, and what lies where. Exit status 1 if a picture failed, or none was given; not under torchrun."
+    from fd_focus.data.names import visible
+    print(tally, *(f"{what} in {visible(str(at))}" for what, at in places.items() if at), sep="; ", file=sys.stderr)
+    if alone and (tally.failed or not (tally.pictures or tally.before)): sys.exit(1)    # torchrun would end others
+
+# %% ../../nbs/67_cli.ipynb #67_cli_019
+def _check_ray(ray: bool, out: str | None, other: dict) -> None:
+    "ValueError for flags that make no sense together with --ray, or without it."
+    if not ray: raise ValueError("--actors counts processes of Ray: give --ray as well")
+    if wrong := [f"--{name}" for name, given in other.items() if given is not None and given is not False]:
+        raise ValueError(f"--ray shares out the pictures itself and writes Parquet files: leave out {', '.join(wrong)}")
+    if _share_of(None, None)[1] > 1: raise ValueError("--ray starts processes itself: leave out torchrun")
+    if not out or Path(out).suffix in (".csv", ".jsonl"): raise ValueError("--ray needs a folder: name it with --out")
+
+def _predict_on_ray(ray: bool, model: str, paths: list[str], out: str | None, other: dict, **options) -> None:
+    _check_ray(ray, out, other)
+    from fd_focus.use.scale import predict_on_ray
+    files, own = _pictures_of(paths, None, None, None), partial(import_own, list(IMPORTED))
+    options |= dict(progress=sys.stderr, before=own, say=_says_banner)
+    _end(predict_on_ray(model, files, out, **options), alone=True, rows=out)
 
 # %% ../../nbs/67_cli.ipynb #67_cli_003
 @command
@@ -161,33 +186,32 @@ def fd_focus_predict(
     amp: str = "auto",        # precision: fp32 or bf16; auto: bf16 on a GPU that has it
     rank: int = None,         # of several processes, each takes its share of the pictures: which one this is (or RANK)
     world: int = None,        # how many processes there are (or WORLD_SIZE); files then get .rank0, .rank1, ...
+    ray: bool = False,        # share out pictures with Ray, and write Parquet files into a folder, --out (notebook 65)
+    actors: int = None,       # with --ray: processes that answer; not given: one a GPU of the cluster, or one a core
 ):
     """Classify pictures: a line each on a terminal; a row each in a file or a pipe, with the columns: file; label and
     probability of the answer; sure: whether that is above the model's threshold; known: False where it looks like
     nothing the model knows; looked_again: whether it needed a second look; label_2 to label_5 with probability_2 to
     probability_5; box_1 (left top right bottom, pixels of the picture) and score_1 (attention there) of each region,
-    best first; error. The exit status is 1 if any failed, but 0 under torchrun."""
+    best first; error. The exit status is 1 if any failed, but 0 under torchrun. --ray works on the cluster that
+    RAY_ADDRESS names, else on this machine; started again, it asks for what is missing in --out."""
     _check_model(model)
     prepare()
-    from fd_focus.data.names import visible
-    from fd_focus.use.files import check_kind
+    if ray or actors:
+        other = dict(format=format, regions=regions, features=features, csv_safe=csv_safe, rank=rank, world=world)
+        return _predict_on_ray(ray, model, paths, out, other, actors=actors, bs=bs, workers=workers, device=device,
+                               banner=banner, amp=amp)
     from fd_focus.use.predict import FocusClassifier, check_batches
     me, processes = _share_of(rank, world)
     drawings, file = regions and Path(regions), _file_of(out, paths, me, processes, resume)
-    kind = format or _kind_of(file)
-    check_kind(kind)            # before --out is opened, which empties it
-    if resume and kind == "text": raise ValueError("--resume reads what it has written: use --format csv or jsonl")
+    kind = _kind_of(file, format, resume)
     check_batches(bs, workers)
     stored = _features_file(features, me, processes, resume)
     files = _pictures_of(paths, rank, world, drawings)
     classifier = _says_banner(FocusClassifier.load(model, _device(device), banner=banner, amp=amp))
     tally = _write_both(stored, classifier, files, file, kind, bool(file) or me == 0, resume,
                         _cleaner(not file, csv_safe), regions=drawings, bs=bs, workers=workers)
-    places = dict(drawings=drawings, features=tally.answered and stored)
-    said = [f"{what} in {visible(str(place))}" for what, place in places.items() if place]
-    print(tally, *said, sep="; ", file=sys.stderr)
-    nothing = not (tally.pictures or tally.before)
-    if (tally.failed or nothing) and not _launched(rank, world): sys.exit(1)    # torchrun would end others
+    _end(tally, not _launched(rank, world), drawings=drawings, features=tally.answered and stored)
 
 # %% ../../nbs/67_cli.ipynb #67_cli_000
 def _unseen(pictures, model: str):

@@ -113,6 +113,7 @@ def fd_focus_train(
     examples: int = None,     # validation pictures to put into model/examples/, which the app offers; 0: none (4)
     resume: bool = False,     # go on with the unfinished run in `out`, with its settings
     overwrite: bool = False,  # replace the finished run that is in `out`
+    ray: int = None,          # train in so many processes that Ray starts: on the cluster of RAY_ADDRESS, else here
     **settings,               # any of `Settings`
 ):
     "Train a method on pictures, and write a report: summary.json, settings.yaml, metrics.csv, figures, model/."
@@ -123,7 +124,8 @@ def fd_focus_train(
     asked |= settings | (dict(preset=preset) if preset else {})
     written = asked.pop("out", None)
     if not resume: asked.setdefault("preset", _default_preset(asked))
-    _train(asked, Path(out or written or default_out(resume)), examples, resume, overwrite)
+    how = asked, Path(out or written or default_out(resume)), examples, resume, overwrite
+    _train(*how) if ray is None else _train_on_ray(ray, *how)
 
 # %% ../../nbs/66_commands.ipynb #66_commands_018
 def run_settings(
@@ -167,7 +169,8 @@ def _check_finished(out: Path, overwrite: bool) -> None:
 def _again(out: Path) -> str:
     "The command that goes on with a run."
     own = "".join(f" --import {shlex.quote(name)}" for name in IMPORTED)
-    launcher = "torchrun … " if "RANK" in os.environ else ""
+    if ray := os.environ.get("FD_FOCUS_RAY"): own += f" --ray {ray}"
+    launcher = "torchrun … " if "RANK" in os.environ and not ray else ""
     return f"{launcher}fd_focus_train --resume --out {shlex.quote(str(out))}{own}"
 
 def _check_unfinished(out: Path) -> None:
@@ -228,10 +231,14 @@ def _check_files(settings: Settings) -> None:
     raise FileNotFoundError(f"no folder {place}" + (f"; did you mean {place.parent / near[0]}?" if near else ""))
 
 # %% ../../nbs/66_commands.ipynb #66_commands_025
+def _check_start(asked: dict, out: Path, resume: bool, overwrite: bool) -> None:
+    "Errors of a new run that are known before torch is imported."
+    if resume: return
+    _check_files(make_settings(asked))
+    _check_finished(out, overwrite)
+
 def _train(asked: dict, out: Path, examples: int | None, resume: bool, overwrite: bool = False) -> None:
-    if not resume:
-        _check_files(make_settings(asked))
-        _check_finished(out, overwrite)
+    _check_start(asked, out, resume, overwrite)
     prepare()
     if (examples or 0) < 0: raise ValueError(f"examples={examples}; use a number of pictures, or 0 for none")
     first = not int(os.environ.get("RANK", 0))
@@ -254,6 +261,25 @@ def _train_in(out: Path, settings: Settings, examples: int | None, resume: bool,
         calibrated = leave_report(learn, table, summary, settings, out, examples)
     (out / "checkpoint.pt").unlink()             # all it was for is in model/ now
     print(*closing_words(settings, summary, out, calibrated), sep="\n")
+
+# %% ../../nbs/66_commands.ipynb #66_commands_057
+def _train_there(processes: int, names: list[str], *how) -> None:
+    "In each process that Ray has started."
+    os.environ["FD_FOCUS_RAY"] = str(processes)      # for the command that goes on
+    import_own(names)
+    _train(*how)
+
+def _train_on_ray(processes: int, asked: dict, out: Path, examples: int | None, resume: bool, overwrite: bool) -> None:
+    "As `_train`, in so many processes that Ray starts. What is wrong with the files is known before they are."
+    if "RANK" in os.environ: raise ValueError("--ray starts processes itself: leave out torchrun")
+    _check_start(asked, out, resume, overwrite)
+    prepare()
+    from fd_focus.use.scale import in_processes
+    os.environ["FD_FOCUS_RAY"] = str(processes)
+    work = partial(_train_there, processes, list(IMPORTED), asked, out, examples, resume, overwrite)
+    try:
+        with _going_on(out, speaks=True): in_processes(work, processes, out)
+    finally: del os.environ["FD_FOCUS_RAY"]
 
 # %% ../../nbs/66_commands.ipynb #66_commands_038
 @command
