@@ -7,7 +7,6 @@ __all__ = ['join_folds', 'likely_wrong', 'plot_wrong', 'check_labels']
 
 # %% ../../nbs/58_folds.ipynb #58_folds_003
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -70,8 +69,9 @@ def likely_wrong(
     labels,                     # N names of classes
     probabilities: np.ndarray,  # (N,C) of networks that have not seen the pictures
     classes: list[str],         # C names, in the order of `probabilities`
-) -> pd.DataFrame:              # file, label, suggested, probability of each; the least likely label first
-    "Pictures whose label is likely wrong, by confident learning. ModuleNotFoundError without cleanlab."
+) -> pd.DataFrame:              # file, label, suggested, their probabilities, likely (bool); the worst first
+    """Pictures whose label is likely wrong, by confident learning; then the others that are taken for another class.
+    ModuleNotFoundError without cleanlab."""
     try: from cleanlab.filter import find_label_issues
     except ModuleNotFoundError:
         raise ModuleNotFoundError("labels are checked by cleanlab: pip install 'fd_focus[labels]'") from None
@@ -79,13 +79,14 @@ def likely_wrong(
     if strange := sorted(set(labels) - set(code)): raise ValueError(f"{str(strange[0])!r} is none of the classes")
     codes = np.array([code[label] for label in labels])
     probabilities = probabilities / probabilities.sum(1, keepdims=True)
-    found = find_label_issues(codes, probabilities, return_indices_ranked_by="self_confidence", n_jobs=1)
+    found = find_label_issues(codes, probabilities, n_jobs=1)
     rest = probabilities.copy()
     rest[np.arange(len(codes)), codes] = 0
     table = pd.DataFrame(dict(file=files, label=labels, suggested=np.asarray(classes)[rest.argmax(1)],
                               label_probability=probabilities[np.arange(len(codes)), codes],
-                              suggested_probability=rest.max(1)))
-    return table.iloc[found].reset_index(drop=True)
+                              suggested_probability=rest.max(1), likely=found))
+    table = table[found | (table.suggested_probability > table.label_probability)]
+    return table.sort_values(["likely", "label_probability"], ascending=[False, True]).reset_index(drop=True)
 
 # %% ../../nbs/58_folds.ipynb #58_folds_018
 def plot_wrong(

@@ -108,7 +108,7 @@ def _write_both(stored: Path | None, classifier, *args, **options):
     classifier.keeps, gathered = "features", Gathered()
     with alone(stored):                       # a folder that cannot be written to is known before the work
         tally = _write_rows(classifier, *args, gather=gathered, **options)
-        if gathered.rows: gathered.features().save(stored)
+        if gathered.rows: gathered.together().save(stored)
     return tally
 
 # %% ../../nbs/67_cli.ipynb #67_cli_001

@@ -313,7 +313,8 @@ def write_plan(
     plan = dict(base=settings, variants={name: dict(method=name) for name in names},
                 seeds=[int(seed) for seed in seeds.split(",")])
     text, file = yaml.safe_dump(plan, sort_keys=False), out / "plan.yaml"
-    if file.is_file() and yaml.safe_load(file.read_text(encoding="utf-8")) != yaml.safe_load(text):
+    done = (out / "predictions.npz").exists()          # a plan that gave nothing yet may change
+    if done and file.is_file() and yaml.safe_load(file.read_text(encoding="utf-8")) != yaml.safe_load(text):
         raise ValueError(f"{file} is another plan: run it by fd_focus_experiment {out}, or give another --out")
     out.mkdir(parents=True, exist_ok=True)
     return put(file, lambda part: part.write_text(text, encoding="utf-8"))
@@ -349,6 +350,7 @@ def _experiment(plan: str, out: str | None, rival: str, summary: bool, draw: boo
     load_plan(plan)           # a plan with an error is known before anything else
     rows = None if summary else run_experiment(plan, out, lambda line: print(line, flush=True), folds)
     failed, folder = 0 if summary else (rows.status != "ok").sum(), results_folder(plan, out)
+    if failed and failed == len(rows): _nothing_ran(rows.status.iloc[0])
     if folds and not failed: folder = _together(folder)
     table = summarise(folder, rival)
     print(table.round(2).to_string(index=False))
@@ -358,6 +360,12 @@ def _experiment(plan: str, out: str | None, rival: str, summary: bool, draw: boo
     sys.exit(f"fd_focus: {failed} of {len(rows)} runs failed; see the column status of {folder / 'rows.csv'}")
 
 # %% ../../nbs/66_commands.ipynb #66_commands_026
+def _nothing_ran(status: str) -> None:
+    "End with what was wrong with the first run."
+    advice = ": without a network, name a file of weights with --weights" if "URLError" in status else ""
+    sys.exit(f"fd_focus: every run failed, the first one: {status.removeprefix('failed: ')}{advice}")
+
+# %% ../../nbs/66_commands.ipynb #66_commands_070
 def _together(folder: Path) -> Path:
     "The folder of what all folds have answered."
     from fd_focus.evidence.folds import join_folds
@@ -374,7 +382,9 @@ def _check_labels(folder: Path, table) -> None:
     seed = rows.seed[(rows.data == best.data) & (rows.variant == best.variant)].min()
     try: found = check_labels(folder, best.data, best.variant, seed)
     except ModuleNotFoundError as error: return print(error)
-    print(f"{len(found)} picture{'s' * (len(found) != 1)} may be labelled wrongly, says {best.variant}", end="")
+    likely = found.likely.sum()
+    print(f"{likely} picture{'s' * (likely != 1)} may be labelled wrongly, says {best.variant}, and takes "
+          f"{len(found) - likely} more for another class", end="")
     if found.empty: return print()
     found.to_csv(folder / "labels.csv", index=False)
     save_figure(folder / "labels.png", lambda: plot_wrong(found))

@@ -247,12 +247,14 @@ from PIL import Image, ImageCms, ImageOps
 
 if __name__ == "__main__":
     import onnxruntime
-    model, *files = [word for word in sys.argv[1:] if word != "--banner"]
+    model, *files = [word for word in sys.argv[1:] if word != "--banner"] or sys.exit(__doc__)
+    onnxruntime.set_default_logger_severity(3)         # errors alone
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     if not files:
         print(*json.loads(session.get_modelmeta().custom_metadata_map["preparation"]), sep="\\n")
     for file in files:
-        found = answer_photo(session, file, banner="--banner" in sys.argv)
+        try: found = answer_photo(session, file, banner="--banner" in sys.argv)
+        except (OSError, ValueError) as error: sys.exit(f"{{file}}: {{error}}")
         doubt = {{None: "", True: ", sure", False: ", not sure"}}[found["sure"]]
         print(f"{{file}}: {{found['label']}}, {{100 * found['probability']:.1f}} %{{doubt}}")
 '''

@@ -60,7 +60,7 @@ class Gathered:
 
 # %% ../../nbs/62_features.ipynb #62_features_036
 @patch
-def features(self: Gathered) -> Features:
+def together(self: Gathered) -> Features:
     "The arrays. ValueError where no picture could be answered."
     if not self.rows:
         why = f"none of {len(self.failed)} could be read; the first: {self.failed[0][1]}" if self.failed else "none"
@@ -91,7 +91,7 @@ def features(self: FocusClassifier,
     asked, gathered = copy.copy(self), Gathered()
     asked.keeps = "regions" if regions else "features"
     for picture, found in asked.stream(_one_by_one(source), bs, workers, on_error): gathered(picture, found)
-    features = gathered.features()
+    features = gathered.together()
     if failed := features.failed:
         first = str(failed[0][1]) or repr(failed[0][1])
         warnings.warn(f"{len(failed)} of {len(failed) + len(features)} pictures have no features, see `failed`; the "

@@ -59,8 +59,8 @@ def _machine(learn, s: Settings) -> str:
 def _busy(load: float, cores: int) -> str:
     "A word about other work on the machine; nothing where there is little."
     if load <= cores: return ""       # a run that has just ended makes as much
-    return (f"this machine is busy (a load of {load:.1f} on {cores} cores): training is slower than it could be; with "
-            "one thread, OMP_NUM_THREADS=1 before the command, it may be faster")
+    advice = "; with one thread, OMP_NUM_THREADS=1 before the command, it may be faster" * (torch.get_num_threads() > 1)
+    return f"this machine is busy (a load of {load:.1f} on {cores} cores): training is slower than it could be{advice}"
 
 # %% ../../nbs/65_report.ipynb #65_report_003
 def _sizes(counts: pd.Series, s: Settings) -> str:      # training pictures of each class
@@ -70,6 +70,12 @@ def _sizes(counts: pd.Series, s: Settings) -> str:      # training pictures of e
     return f"{least} to {most} training pictures a class (--class_weights balanced, or --balance: all count alike)"
 
 # %% ../../nbs/65_report.ipynb #65_report_005
+def _length(net, s: Settings) -> str:
+    "How long it trains; a frozen body sees all pictures once."
+    if hasattr(net, "learn_from"): return "one pass over the training pictures"
+    return f"{s.epochs} epochs of recipe {s.recipe}"
+
+# %% ../../nbs/65_report.ipynb #65_report_090
 def introduction(
     learn,                # before training
     settings: Settings,   # of the run
@@ -84,7 +90,7 @@ def introduction(
     lines = [f"{where}: {len(dls.vocab)} classes, {len(dls.train_ds)} training and {len(dls.valid_ds)} {judge} "
              f"pictures{aside}",
              f"{s.arch} from {_start_of(settings)}; method {s.method}: {_looks(net, s)}",
-             f"{_machine(learn, s)}; {s.epochs} epochs of recipe {s.recipe}"]
+             f"{_machine(learn, s)}; {_length(net, s)}"]
     if word := _sizes(dls.class_counts.train, s): lines.insert(1, word)
     if heads: lines.append(f"accuracy is that of the answer{answer}; {', '.join(heads)}: of that head alone")
     if hasattr(os, "getloadavg") and (word := _busy(os.getloadavg()[0], os.cpu_count() or 1)): lines.append(word)
