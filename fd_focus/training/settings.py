@@ -45,7 +45,7 @@ class DataSettings:
     fold: str | None = setting(None, "judge by this part of the training pictures: 2/5 is the second of five")
     test_pct: float | None = setting(None, "put this share of the pictures aside, to judge by at the end")
     on_bad_image: Literal["error", "skip"] = setting("error", "stop at an unreadable picture, or skip it")
-    on_duplicate: Literal["warn", "drop"] = setting("warn", "warn of pictures found twice, or drop them")
+    on_duplicate: Literal["warn", "drop"] = setting("warn", "warn of a picture in two classes or both halves, or drop it")
     balance: bool = setting(False, "draw every class equally often in training")
     cache: str | None = setting(None, "ram: keep decoded pictures in memory; a folder: keep large ones there, reduced")
     fit: Literal["squash", "crop", "pad"] = setting("squash",
@@ -179,7 +179,7 @@ def _check_together(s) -> None:
     shares = {name: getattr(s, name) for name in ("valid_pct", "test_pct")}
     shares = [f"{name}={share}" for name, share in shares.items() if share is not None and not 0 < share < 1]
     for bad, message in (
-        (shares, f"{', '.join(shares)}; use a share between 0 and 1"),
+        (shares, f"{', '.join(shares)}; use a share between 0 and 1, such as 20% or 0.2"),
         (s.fold and not re.fullmatch(r"\d+/\d+", s.fold), f"fold={s.fold!r}; write number and how many, such as 2/5"),
         (s.unknown and s.data == "toy", "unknown: for pictures in a folder, not for data='toy'"),
         (s.fold and s.valid_pct, "fold and valid_pct both say which pictures judge; give one of them"),
