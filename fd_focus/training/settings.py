@@ -45,7 +45,7 @@ class DataSettings:
     fold: str | None = setting(None, "judge by this part of the training pictures: 2/5 is the second of five")
     test_pct: float | None = setting(None, "put this share of the pictures aside, to judge by at the end")
     on_bad_image: Literal["error", "skip"] = setting("error", "stop at an unreadable picture, or skip it")
-    on_duplicate: Literal["warn", "drop"] = setting("warn", "warn of a picture in two classes or both halves, or drop it")
+    on_duplicate: Literal["warn", "drop"] = setting("warn", "warn of a picture in two classes or halves, or drop it")
     balance: bool = setting(False, "draw every class equally often in training")
     cache: str | None = setting(None, "ram: keep decoded pictures in memory; a folder: keep large ones there, reduced")
     fit: Literal["squash", "crop", "pad"] = setting("squash",
