@@ -665,7 +665,10 @@ def test_one_look_was_enough(folder, place):
     assert "One look was enough." in text and "Zoom 1" not in text and text.count("<img") == 2
     assert "Where it would have looked again, best first" in text
     doubt = replace(found, prediction=replace(found.prediction, sure=False), threshold=.99)
-    assert "One look was enough" not in doubt.card() and "The model took one look; only pictures it is" in doubt.card()
+    assert "One look was enough" not in doubt.card() and "The model took one look, as it always does." in doubt.card()
+    model = doubt.prediction.model | dict(look_again_below=.5)
+    some = replace(doubt, prediction=replace(doubt.prediction, model=model))
+    assert "The model took one look; only pictures it is less sure of get a second." in some.card()
     assert "| second look | never |" in about(once)
 
 
@@ -743,6 +746,8 @@ def test_how_sure_is_said(classifier, folder):
     never = replace(counted, prediction=replace(counted.prediction, sure=False, model=counts | dict(threshold=2.)),
                     threshold=2.)
     assert "It is never sure: 90 validation pictures could not promise 90 % for any limit." in never.sentence()
+    close = replace(found, prediction=replace(found.prediction, sure=False, probability=.6264), threshold=.6296)
+    assert "counts as sure only from 63.0 % (this is 62.6 %) on" in close.sentence()
     for one in (says(True, 1.0), says(False, 1.0)):
         assert "from > 99 % on" in one and "no limit" not in one  # the value of old folders: a limit like any other
     net = load_focus(folder)

@@ -295,8 +295,8 @@ def test_any_image_dataloaders_will_do(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", DataWarning)
         assert focus_learner(dls, "toy_resnet", pretrained=False).dls is dls
-    with pytest.warns(DataWarning, match="dls normalises with mean .0.485.* but googlenet was made for .0.5"):
-        focus_learner(dls, "googlenet", pretrained=False, image_size=96, m=2, l=2)
+    with pytest.warns(DataWarning, match="mean .0.485.* but tf_efficientnet_lite0 was made for .0.5"):
+        focus_learner(dls, "tf_efficientnet_lite0", pretrained=False, image_size=96, m=2, l=2)
     assert sum(isinstance(t, Normalize) for t in dls.after_batch.fs) == 1
 
 

@@ -103,9 +103,10 @@ class Explanation:
 # %% ../../nbs/62_answer.ipynb #97_app042
 def _percent(p: float) -> str: return "> 99 %" if p > .995 else "< 1 %" if p < .005 else f"{100 * p:.0f} %"
 
-def _least(limit: float) -> str:
-    "A limit in percent: with a decimal, so that 62.6 % is seen to lie below it."
-    return f"{100 * limit:.1f} %"
+def _least(limit: float, p: float) -> str:
+    "A limit in percent; with decimals, and the probability that misses it, where both would look alike."
+    if p >= limit or _percent(limit) != _percent(p): return _percent(limit)
+    return f"{100 * limit:.1f} % (this is {100 * p:.1f} %)"
 
 @patch
 def _limit(self: Explanation) -> str:
@@ -116,7 +117,8 @@ def _limit(self: Explanation) -> str:
         return f"It is never sure: {rests}." if rests else (
             f"On {self.judges} pictures no limit made this model's answers good enough to count as sure.")
     rests = f": {rests}" if rests else f", a limit chosen on {self.judges} pictures"
-    return f"The model counts as sure {'only ' * (self.verdict == 'doubt')}from {_least(self.threshold)} on{rests}."
+    least = _least(self.threshold, self.prediction.probability)
+    return f"The model counts as sure {'only ' * (self.verdict == 'doubt')}from {least} on{rests}."
 
 @patch
 def sentence(self: Explanation) -> str:
@@ -131,7 +133,8 @@ def looks(self: Explanation) -> str:
     "How often it looked, in plain words; nothing where the model treats all pictures alike."
     if (again := self.prediction.looked_again) is None: return ""
     if again: return "The first look was unsure, so the model looked again, at the regions below."
-    if self.prediction.model.get("look_again_below") == 0: return ""          # it never does
+    never = self.prediction.model.get("look_again_below") == 0
+    if self.verdict == "doubt" and never: return "The model took one look, as it always does."
     if self.verdict == "doubt": return "The model took one look; only pictures it is less sure of get a second."
     return "One look was enough."
 

@@ -382,7 +382,7 @@ def _check_labels(folder: Path, table) -> None:
     seed = rows.seed[(rows.data == best.data) & (rows.variant == best.variant)].min()
     try: found = check_labels(folder, best.data, best.variant, seed)
     except ModuleNotFoundError as error: return print(error)
-    likely = found.likely.sum()
+    likely = int(found.likely.sum())
     print(f"{likely} picture{'s' * (likely != 1)} may be labelled wrongly, says {best.variant}, and takes "
           f"{len(found) - likely} more for another class", end="")
     if found.empty: return print()
