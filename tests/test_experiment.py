@@ -289,6 +289,10 @@ def test_methods_under_one_recipe_are_a_plan(tmp_path):
                         (dict(seeds="a"), "give whole numbers")):
         with pytest.raises(SystemExit, match=said): fd_focus_experiment(None, **asked | wrong)
     with pytest.raises(SystemExit, match="write it into the plan"): fd_focus_experiment(str(tmp_path / "rivals"), lr=.1)
+    failing = asked | dict(out=str(tmp_path / "failing"), methods=["plain"], bs=2000)
+    with pytest.raises(SystemExit, match="every run failed, the first one: ValueError: bs=2000 is more than"):
+        fd_focus_experiment(None, **failing)
+    fd_focus_experiment(None, **failing | dict(bs=8))          # a plan that gave nothing may be mended
 
 
 def test_folds_judge_all_pictures_and_name_labels_that_look_wrong(tmp_path, capsys):
@@ -309,9 +313,17 @@ def test_folds_judge_all_pictures_and_name_labels_that_look_wrong(tmp_path, caps
     assert (tmp_path / "folds/out_of_fold/labels.png").exists()
     joined = read_predictions(tmp_path / "folds/out_of_fold", "default", "probe", 0)
     assert len(set(joined["files"].tolist())) == len(joined["files"]) == 24
+    one = pd.read_csv(tmp_path / "folds/out_of_fold/rows.csv")
+    assert json.loads(one.settings[0])["fold"] is None and one.accuracy[0] == (joined["answer"].argmax(1) ==
+                                                                             joined["target"]).mean()
+    kept = (tmp_path / "folds/out_of_fold/predictions.npz").read_bytes()
     rows = pd.read_csv(tmp_path / "folds/rows.csv")
     rows[rows.data != "default, fold 2 of 3"].to_csv(tmp_path / "folds/rows.csv", index=False)
     with pytest.raises(ValueError, match="probe, seed 0 lacks fold 2 of 3: run the plan again"):
+        join_folds(tmp_path / "folds")
+    assert (tmp_path / "folds/out_of_fold/predictions.npz").read_bytes() == kept      # what was there stays
+    rows.assign(data=[name.replace("3 of 3", "3 of 4") for name in rows.data]).to_csv(tmp_path / "folds/rows.csv")
+    with pytest.raises(ValueError, match="has 3 folds and 4: give each a folder of its own"):
         join_folds(tmp_path / "folds")
     with pytest.raises(SystemExit, match="fold and valid_pct are given by the folds"):
         fd_focus_experiment(None, **asked | dict(out=str(tmp_path / "other"), valid_pct=.5))

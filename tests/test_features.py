@@ -5,12 +5,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+import test_contract  # noqa: F401 -- registers the method "mine"
 from conftest import photograph, shaken
-from torch import nn
 
 from fd_focus.data.loaders import FocusDataLoaders
 from fd_focus.data.pictures import DataWarning
-from fd_focus.methods import Method, register
 from fd_focus.training.learner import focus_learner
 from fd_focus.use.cli import fd_focus_predict
 from fd_focus.use.features import Features, mean_features, nearest
@@ -18,16 +17,6 @@ from fd_focus.use.model_folder import save_focus
 from fd_focus.use.predict import FocusClassifier
 
 SMALL = dict(pretrained=False, cut="layer2")
-
-
-class Largest(Method):
-    "A user's own: an __init__ and a forward."
-    def __init__(self, body, n_classes, image_size=448):
-        super().__init__(body, n_classes, image_size)
-        self.head = nn.Linear(self.n_features, n_classes)
-    def forward(self, x, target=None):
-        logits = self.head(self.body(x).amax((2, 3)))
-        return {"image": logits} if self.training else logits
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +82,11 @@ def test_other_methods_give_the_pooled_map(dls, files, tmp_path, method):
 
 
 def test_a_method_of_ones_own(dls, files, tmp_path):
-    register("largest", Largest)
-    classifier = FocusClassifier.load(save_focus(focus_learner(dls, "toy_resnet", "largest", **SMALL), tmp_path / "m"),
+    classifier = FocusClassifier.load(save_focus(focus_learner(dls, "toy_resnet", "mine", **SMALL), tmp_path / "m"),
                                       "cpu")
     found = classifier.features(files)
     assert found.image.shape == (9, classifier.pipeline.net.n_features) and found.regions is None
-    with pytest.raises(ValueError, match="Largest has no features of regions: ask for those of the image alone"):
+    with pytest.raises(ValueError, match="Mine has no features of regions: ask for those of the image alone"):
         classifier.features(files, regions=True)
 
 

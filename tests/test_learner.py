@@ -26,6 +26,7 @@ from fd_focus.data.loaders import FocusDataLoaders
 from fd_focus.data.pictures import DataWarning
 from fd_focus.loss import FocusLoss
 from fd_focus.toy import ToyBirds
+from fd_focus.training import watch
 from fd_focus.training.learner import FocusInterpretation, HeadAccuracy, focus_learner, history, look_at
 from fd_focus.training.recipes import AverageWeights
 from fd_focus.training.run import make_learner, train
@@ -264,6 +265,20 @@ def test_a_log_has_lines(dls, capsys):
     lines = [line.split() for line in said.splitlines()]
     assert lines[0] == "epoch train loss valid loss accuracy time".split() and len(lines) == 3
     assert [line[0] for line in lines[1:]] == ["1", "2"]
+
+
+def test_a_long_run_begins_with_a_forecast(dls, capsys, monkeypatch):
+    "Once, after a few batches, from what these took; a run of a minute has none."
+    told = []
+    monkeypatch.setattr(watch, "forecast", lambda *given: told.append(given) or "it takes long")
+    learn = focus_learner(dls, "toy_resnet", pretrained=False)
+    learn.fit(3, 1e-3)
+    (batch, batches, epochs, (used, there)), = told
+    assert 0 < batch < 5 and (batches, epochs) == (learn.dls.train.n // learn.dls.train.bs, 3) and .1 < used < there
+    lines = capsys.readouterr().out.splitlines()
+    assert lines.count("it takes long") == 1 and lines.index("it takes long") == 1      # below the heading
+    with learn.no_logging(): learn.fit(1, 1e-3)
+    assert len(told) == 1
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])       # forkserver: Python 3.14's

@@ -193,7 +193,7 @@ def test_a_known_object_is_shared_and_not_copied():
     assert copy.deepcopy(known) is known
 
 
-def test_a_training_can_store_what_tells_the_unknown(tmp_path, capsys):
+def test_a_training_can_store_what_tells_the_unknown(tmp_path, capsys, monkeypatch):
     two_classes(tmp_path / "photos")
     asked = dict(method="plain", arch="toy_resnet", pretrained=False, image_size=48, epochs=1, bs=4, workers=0,
                  unknown=True)
@@ -201,4 +201,9 @@ def test_a_training_can_store_what_tells_the_unknown(tmp_path, capsys):
     assert "it tells pictures like nothing it knows" in capsys.readouterr().out
     classifier = FocusClassifier.load(tmp_path / "run/model")
     assert classifier.predict(photograph(99)).known in (True, False)
+    def broken(*args, **kwargs): raise ValueError("a class too few")
+    monkeypatch.setattr(FocusClassifier, "learn_known", broken)
+    fd_focus_train(data=str(tmp_path / "photos"), out=str(tmp_path / "again"), examples=0, **asked)
+    assert "--unknown: left out, a class too few" in capsys.readouterr().out
+    assert (tmp_path / "again/summary.json").exists()          # the run is kept
     with pytest.raises(SystemExit, match="unknown: for pictures in a folder"): fd_focus_train(**asked)

@@ -33,30 +33,36 @@ def _one_row(group: pd.DataFrame, data: str, found: dict) -> dict:
     "A row for all folds: accuracy over all pictures, seconds of all trainings, means of the rest."
     first, means = group.iloc[0].to_dict(), group.select_dtypes("number").mean().to_dict()
     right = float((found["answer"].argmax(1) == found["target"]).mean())
-    return first | means | dict(data=data, seed=first["seed"], accuracy=right, seconds=group.seconds.sum())
+    settings = json.dumps(json.loads(first["settings"]) | dict(fold=None))
+    own = dict(data=data, seed=first["seed"], accuracy=right, seconds=group.seconds.sum(), settings=settings)
+    return first | means | own
 
 # %% ../../nbs/58_folds.ipynb #58_folds_026
 def _folds_of(folder: Path) -> pd.DataFrame:
-    "The finished rows of folds, with the data they are of, their number and how many there are."
+    """The finished rows of folds, with the data they are of, their number and how many there are. ValueError for none,
+    for folds of two sizes, and where a variant lacks one."""
     rows = read_rows(folder)
     parts = rows.data.str.extract(r"^(?P<of>.*), fold (?P<n>\d+) of (?P<k>\d+)$")
-    rows = rows.join(parts)[parts.n.notna() & (rows.status == "ok")]
+    rows = rows.join(parts)[parts.n.notna() & (rows.status == "ok")].astype(dict(n=int, k=int))
     if rows.empty: raise ValueError(f"{folder} has no finished folds")
-    return rows.astype(dict(n=int, k=int))
+    k, *other = sorted(set(rows.k))
+    if other: raise ValueError(f"{folder} has {k} folds and {other[0]}: give each a folder of its own")
+    for (_, variant, seed), group in rows.groupby(["of", "variant", "seed"]):
+        if missing := sorted(set(range(1, k + 1)) - set(group.n)):
+            raise ValueError(f"{variant}, seed {seed} lacks fold {missing[0]} of {k}: run the plan again (what is "
+                             "finished is kept)")
+    return rows
 
 # %% ../../nbs/58_folds.ipynb #58_folds_011
 def join_folds(
     folder: str | Path,      # with the rows and predictions of `in_folds`
 ) -> Path:                   # FOLDER/out_of_fold, a folder of results of its own
-    "Put the answers of all folds together. ValueError where a variant lacks a fold."
+    "Put the answers of all folds together. ValueError where a variant lacks a fold, or folds of two sizes lie there."
     folder, rows = Path(folder), _folds_of(folder)
     place, lines = folder / "out_of_fold", []
     place.mkdir(exist_ok=True)
     (place / "predictions.npz").unlink(missing_ok=True)
-    for (data, variant, seed, k), group in rows.groupby(["of", "variant", "seed", "k"], sort=False):
-        if missing := sorted(set(range(1, k + 1)) - set(group.n)):
-            raise ValueError(f"{variant}, seed {seed} lacks fold {missing[0]} of {k}: run the plan again (what is "
-                             "finished is kept)")
+    for (data, variant, seed), group in rows.groupby(["of", "variant", "seed"], sort=False):
         found = _joined([read_predictions(folder, *run) for run in zip(group.data, group.variant, group.seed)])
         lines.append(_one_row(group.drop(columns=["of", "n", "k"]), data, found))
         keep_predictions(place, PlannedRun(data, variant, seed, None), found)

@@ -119,7 +119,7 @@ def forecast(
     if (whole := batch * batches * epochs) < 60: return ""
     said = f"a batch takes {batch:.2g} s, an epoch about {_spoken(batch * batches)}, all of them {_spoken(whole)}"
     if not memory[0]: return said
-    less = "; a smaller --bs needs less" if memory[0] > .4 * memory[1] else ""
+    less = "; smaller batches need less" if memory[0] > .4 * memory[1] else ""
     return f"{said}; it takes {memory[0]:.1f} of {memory[1]:.0f} GB of memory{less}"
 
 # %% ../../nbs/29_watch.ipynb #29_watch_032

@@ -313,8 +313,8 @@ def write_plan(
     plan = dict(base=settings, variants={name: dict(method=name) for name in names},
                 seeds=[int(seed) for seed in seeds.split(",")])
     text, file = yaml.safe_dump(plan, sort_keys=False), out / "plan.yaml"
-    done = (out / "predictions.npz").exists()          # a plan that gave nothing yet may change
-    if done and file.is_file() and yaml.safe_load(file.read_text(encoding="utf-8")) != yaml.safe_load(text):
+    failed = (out / "rows.csv").exists() and not (out / "predictions.npz").exists()      # then the plan may change
+    if not failed and file.is_file() and yaml.safe_load(file.read_text(encoding="utf-8")) != yaml.safe_load(text):
         raise ValueError(f"{file} is another plan: run it by fd_focus_experiment {out}, or give another --out")
     out.mkdir(parents=True, exist_ok=True)
     return put(file, lambda part: part.write_text(text, encoding="utf-8"))

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..data.pictures import DataWarning
 from ..training.machine import put
 from .predict import FocusClassifier, Prediction, _pictures
-from .unknown import Known, choose_known
+from .unknown import Known, _neighbours, choose_known
 
 # %% ../../nbs/62_features.ipynb #62_features_010
 @dataclass(frozen=True, eq=False, repr=False)
@@ -105,9 +105,8 @@ def nearest(
     k: int = 5,           # at most M
 ) -> tuple[np.ndarray, np.ndarray]:   # rows of `memory` (N,k), most alike first; their cosines (N,k)
     "The rows of `memory` that are most like each of `query`. ValueError for a k that cannot be."
-    from sklearn.neighbors import NearestNeighbors
     if not 1 <= k <= len(memory): raise ValueError(f"k={k}; there are {len(memory)} to choose from")
-    distance, index = NearestNeighbors(n_neighbors=k, metric="cosine").fit(memory).kneighbors(np.atleast_2d(query))
+    distance, index = _neighbours(memory, k).kneighbors(np.atleast_2d(query))
     return index, 1 - distance
 
 # %% ../../nbs/62_features.ipynb #62_features_024

@@ -65,9 +65,9 @@ def _busy(load: float, cores: int) -> str:
 # %% ../../nbs/65_report.ipynb #65_report_003
 def _sizes(counts: pd.Series, s: Settings) -> str:      # training pictures of each class
     "A word about classes of very different size; nothing where the settings see to it."
-    least, most = counts.min(), counts.max()
-    if most < 2 * least or s.balance or s.class_weights: return ""
-    return f"{least} to {most} training pictures a class (--class_weights balanced, or --balance: all count alike)"
+    if s.balance or s.class_weights or not uneven(counts.index.repeat(counts)): return ""
+    sizes = f"{counts.min()} to {counts.max()} training pictures a class"
+    return f"{sizes} (--class_weights balanced, or --balance: all count alike)"
 
 # %% ../../nbs/65_report.ipynb #65_report_005
 def _length(net, s: Settings) -> str:
@@ -169,7 +169,8 @@ def _tell_unknown(learn, model: Path) -> None:
     table = learn.dls.table[["file", "label", "split"]]
     table = table.assign(file=[os.path.join(learn.dls.path, file) for file in table.file])
     import fd_focus.use.features    # noqa: F401 -- gives a FocusClassifier `learn_known`
-    add_known(model, known := FocusClassifier.load(model).learn_known(table))
+    try: add_known(model, known := FocusClassifier.load(model).learn_known(table))
+    except (ValueError, OSError) as error: return print(f"--unknown: left out, {error}")      # the run is worth more
     hidden = "" if known.auroc is None else f" (AUROC {known.auroc:.2f} for classes hidden from it in a trial)"
     print(f"it tells pictures like nothing it knows{hidden}; {100 * known.share:.0f} % of the validation pictures pass")
 

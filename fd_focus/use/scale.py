@@ -153,7 +153,7 @@ def _as_table(names: list[str]):
 
 # %% ../../nbs/65_scale.ipynb #65_scale_024
 _QUIET = dict(RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0", RAY_DATA_LOG_LEVEL="ERROR",
-              RAY_BACKEND_LOG_LEVEL="fatal")
+              RAY_BACKEND_LOG_LEVEL="fatal", RAY_TRAIN_ENABLE_PRINT_PATCH="0")     # it would say every line twice
 
 def _import_ray():
     "Ray. ValueError where it is not installed."

@@ -46,7 +46,7 @@ def main():
     joined = asked.work / "folds/out_of_fold"
     given = pd.read_csv(asked.work / "photos/split.csv").set_index("file").label
     wrong = set(given.index[given != right])
-    named = pd.read_csv(joined / "labels.csv")
+    named = pd.read_csv(joined / "labels.csv").query("likely")
     files = [Path(file).relative_to(asked.work / "photos").as_posix() for file in named.file]
     found = [file in wrong for file in files]
     mended = sum(right[file] == suggested for file, suggested, hit in zip(files, named.suggested, found) if hit)
