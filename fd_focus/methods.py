@@ -6,7 +6,8 @@
 __all__ = ['MAX_PIXELS', 'METHODS', 'Look', 'mean_of_heads', 'loss_terms', 'Method', 'PlainNet', 'method_options',
            'UnknownMethod', 'register', 'method_name', 'build_method', 'bare']
 
-# %% ../nbs/15_methods.ipynb #15_methods_003
+# %% ../nbs/15_methods.ipynb #15_methods_043
+import difflib
 import importlib
 import inspect
 import math
@@ -216,7 +217,7 @@ def from_arch(cls: Method,
     net.stats = stats
     return net
 
-# %% ../nbs/15_methods.ipynb #15_methods_026
+# %% ../nbs/15_methods.ipynb #15_methods_045
 class UnknownMethod(KeyError, ValueError):
     "A name that no method has."
     def __str__(self) -> str: return self.args[0]
@@ -229,7 +230,10 @@ class _Methods(Mapping):
     def __contains__(self, name): return name in self.places
     def __getitem__(self, name: str) -> type[Method]:
         if name not in self.places:
-            raise UnknownMethod(f"method={name!r} is none of {', '.join(self)}; register(name, cls) adds your own")
+            near = difflib.get_close_matches(str(name), self.places, 1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise UnknownMethod(f"method={name!r} is none of {', '.join(self)}{hint}; register(name, cls) adds your "
+                                "own")
         if isinstance(place := self.places[name], str):
             module, _, cls = place.partition(":")
             self.places[name] = getattr(importlib.import_module(module), cls)

@@ -8,9 +8,10 @@ import yaml
 
 from fd_focus.data.loaders import FocusDataLoaders
 from fd_focus.training.learner import focus_learner
+from fd_focus.use.cli import _check_model
 from fd_focus.use.evaluate import Evaluation
-from fd_focus.use.hub import describe_model, hub_name
-from fd_focus.use.model_folder import load_focus, save_focus
+from fd_focus.use.hub import describe_model
+from fd_focus.use.model_folder import hub_name, load_focus, save_focus
 from fd_focus.use.predict import FocusClassifier
 
 
@@ -68,6 +69,12 @@ def test_from_pretrained(folder, monkeypatch):
     asked, hub = [], types.ModuleType("huggingface_hub")
     hub.snapshot_download = lambda name, revision=None, **kwargs: asked.append((name, revision)) or str(folder)
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", hub)
+    for name in ("hf_hub:me/birds@v1", "hf-hub:me/birds"):          # wherever a folder is asked for
+        _check_model(name)
+        assert FocusClassifier.load(name, device="cpu").classes == load_focus(folder).classes
+    with pytest.raises(FileNotFoundError, match="no model folder"): _check_model("hf_hub:birds")
+    assert asked == [("me/birds", "v1"), ("me/birds", None)]
+    asked.clear()
     for name, revision in (("hf_hub:me/birds@v1", None), ("me/birds", None), ("hf-hub:me/birds@v1", "main")):
         assert FocusClassifier.from_pretrained(name, revision, device="cpu").classes == load_focus(folder).classes
     assert asked == [("me/birds", "v1"), ("me/birds", None), ("me/birds", "main")]

@@ -308,6 +308,28 @@ def test_arguments_that_contradict_each_other(folder, tmp_path):
     with pytest.raises(ValueError, match="resize=30 is smaller than image_size=32"): loaders(folder, resize=30)
 
 
+def test_without_the_check(folder, monkeypatch):
+    "No picture is opened before training; what is wrong with one is known when its turn comes."
+    (folder / "a" / "text.jpg").write_text("nothing")
+    opened, real = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda file, **kw: opened.append(str(file)) or real(file, **kw))
+    dls = loaders(folder, check=False)
+    files = len(dls.train_ds) + len(dls.valid_ds)
+    assert (files, dls.skipped, len(dls.duplicates)) == (17, {}, 0)
+    assert len(opened) <= 2                   # fastai reads one to set up
+    with pytest.raises(ValueError, match="text.jpg cannot be read"):
+        for item in [*dls.train_ds.items, *dls.valid_ds.items]: dls.photograph(item)
+    for more in (dict(on_bad_image="skip"), dict(on_duplicate="drop")):
+        with pytest.raises(ValueError, match="check=False opens no picture"): loaders(folder, check=False, **more)
+
+
+def test_unchecked_pictures_leave_no_list_of_what_was_seen(folder, tmp_path):
+    from fd_focus.use.seen import note_seen, unseen
+    dls = loaders(folder)
+    assert note_seen(dls, tmp_path) and unseen(pd.DataFrame(dict(file=[folder / "a" / "00.jpg"])), tmp_path)[1]
+    assert note_seen(loaders(folder, check=False), tmp_path) is None and not (tmp_path / "seen.csv").exists()
+
+
 def test_pictures_that_are_not_there(tmp_path):
     (tmp_path / "sheet.csv").write_text("file,label,split\na.jpg,x,train\nb.jpg,y,test\n")
     with pytest.raises(ValueError, match="a.jpg: no such file"): FocusDataLoaders.from_csv(tmp_path / "sheet.csv")

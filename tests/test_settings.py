@@ -12,9 +12,10 @@ import pytest
 import yaml
 from hypothesis import given, settings as profile, strategies as st
 
+from fd_focus.training.flags import make_parser, parse, parsed
 from fd_focus.training.settings import (
-    GROUPS, PRESETS, MethodSettings, Settings, check_settings, make_parser, make_settings, method_arguments, parse,
-    parsed, read_settings, resolve, workers_to_spare, write_settings)
+    GROUPS, PRESETS, MethodSettings, Settings, check_settings, make_settings, method_arguments, read_settings, resolve,
+    workers_to_spare, write_settings)
 
 
 def command(

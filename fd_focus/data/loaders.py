@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FocusDataLoaders']
 
-# %% ../../nbs/25_loaders.ipynb #25_loaders_050
+# %% ../../nbs/25_loaders.ipynb #25_loaders_094
 import os
 import warnings
 from pathlib import Path
@@ -28,8 +28,7 @@ from torch import Tensor
 from .benchmarks import aircraft_folder, aircraft_table, cars_folder, cars_table, cub_folder, cub_table
 from .items import (BalancedDL, FitResize, LabelReader, ToyReader, _loading, batch_transforms,
                                  find_item, item_reader, target_side)
-from .pictures import (DataWarning, check_images, duplicate_images, open_image,
-                                    upright_size)
+from .pictures import DataWarning, check_images, duplicate_images, open_image, upright_size
 from .tables import check_apart, check_table, csv_table, folder_table, put_aside, sound_table
 from .truth import draw_truth, from_points, place_points, send_points, to_points
 from ..toy import ToyItem, ToyLabeller, toy_items
@@ -106,9 +105,12 @@ def _without_doubles(table: pd.DataFrame, path: Path, prints: dict, on_duplicate
     why = {path / r.file: f"the same picture as another file: {r.problem}" for r in drop.itertuples()}
     return table[~table.file.isin(drop.file)], why, twice
 
-# %% ../../nbs/25_loaders.ipynb #25_loaders_069
-def _check_arguments(on_bad_image, on_duplicate, item_tfms, own, kwargs):
+# %% ../../nbs/25_loaders.ipynb #25_loaders_092
+def _check_arguments(check, on_bad_image, on_duplicate, item_tfms, own, kwargs):
     _known(kwargs)
+    if not check and (on_bad_image, on_duplicate) != ("error", "warn"):
+        raise ValueError("check=False opens no picture, so on_bad_image and on_duplicate have none to act on: leave "
+                         "them out, or check")
     if on_bad_image not in ("error", "skip"): raise ValueError(f"on_bad_image={on_bad_image!r}; use 'error' or 'skip'")
     if on_duplicate not in ("warn", "drop"): raise ValueError(f"on_duplicate={on_duplicate!r}; use 'warn' or 'drop'")
     if item_tfms is not None and own != (None, True, None):
@@ -120,7 +122,7 @@ def _balanced(table: pd.DataFrame) -> dict:
     labels = table.label[table.split == "train"]
     return dict(dl_type=BalancedDL, dl_kwargs=[dict(weights=(1 / labels.map(labels.value_counts())).tolist()), {}])
 
-# %% ../../nbs/25_loaders.ipynb #60_data038e
+# %% ../../nbs/25_loaders.ipynb #25_loaders_093
 @patch(cls_method=True)
 @delegates(TfmdDL.__init__, but=(
     "dataset bs shuffle verbose do_setup batch_size indexed wif before_iter after_item before_batch after_batch "
@@ -134,6 +136,7 @@ def from_table(cls: FocusDataLoaders,
     crop_scale: float | None = None,  # see `paper_transforms`
     item_tfms: list | None = None,    # instead of `paper_transforms`; must end in pictures of `image_size`
     batch_tfms: list | None = None,   # normalisation is added by the learner, which knows the body
+    check: bool = True,               # open every picture now; False: a broken one ends training, doubles go unseen
     on_bad_image: str = "error",      # 'error' names files that cannot be read; 'skip' leaves them out, see `.skipped`
     on_duplicate: str = "warn",       # the same picture under two labels or in both splits: 'warn' names them; 'drop'
                                       # leaves out all with two labels, and training copies of validation pictures
@@ -144,11 +147,11 @@ def from_table(cls: FocusDataLoaders,
     **kwargs,
 ) -> "FocusDataLoaders":
     "DataLoaders of a table. ValueError: broken pictures or classes; DataWarning: what is left out or there twice."
-    _check_arguments(on_bad_image, on_duplicate, item_tfms, (resize, squash, crop_scale), kwargs)
+    _check_arguments(check, on_bad_image, on_duplicate, item_tfms, (resize, squash, crop_scale), kwargs)
     path, own, table = Path(path), item_tfms is None, sound_table(table, path)
     classes, judged_by = set(table.label), table.attrs["judged_by"]
-    table, bad, prints = _without_bad(table, path, on_bad_image)
-    table, doubled, twice = _without_doubles(table, path, prints, on_duplicate)
+    table, bad, prints = _without_bad(table, path, on_bad_image) if check else (table, {}, {})
+    table, doubled, twice = _without_doubles(table, path, prints, on_duplicate) if check else (table, {}, table[:0])
     table = table.reset_index(drop=True)
     check_table(table, classes)
     if own: item_tfms, batch_tfms = batch_transforms(image_size, resize, squash, crop_scale, batch_tfms)
@@ -161,7 +164,7 @@ def from_table(cls: FocusDataLoaders,
     dls.reader, dls.skipped, dls.duplicates = reader, bad | doubled, twice.reset_index(drop=True)
     dls.geometry = (max(item_tfms[0].size), squash) if own else None
     dls.min_side, dls.judged_by = target_side(item_tfms), judged_by
-    dls.fingerprints = [prints.get(path / file) for file in table.file]
+    dls.fingerprints = [prints.get(path / file) for file in table.file] if check else None
     return dls
 
 # %% ../../nbs/25_loaders.ipynb #60_data038b

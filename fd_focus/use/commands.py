@@ -6,7 +6,7 @@
 __all__ = ['IMPORTED', 'RIVALS', 'any_name', 'explained', 'import_own', 'command', 'fd_focus_train', 'run_settings',
            'is_finished', 'default_out', 'prepare', 'fd_focus_compare', 'write_plan', 'fd_focus_experiment']
 
-# %% ../../nbs/66_commands.ipynb #66_commands_004
+# %% ../../nbs/66_commands.ipynb #66_commands_071
 import builtins
 import difflib
 import codecs
@@ -21,8 +21,8 @@ from itertools import count
 from pathlib import Path
 from urllib.error import URLError
 
-from ..training.settings import (
-    GROUPS, Settings, expand, make_parser, make_settings, parse, read_settings, resolve)
+from ..training.flags import make_parser, parse
+from ..training.settings import GROUPS, Settings, expand, make_settings, read_settings, resolve
 
 # %% ../../nbs/66_commands.ipynb #66_commands_046
 def _as_near(error: UnicodeError) -> tuple[bytes, int]:

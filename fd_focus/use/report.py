@@ -75,7 +75,14 @@ def _length(net, s: Settings) -> str:
     if hasattr(net, "learn_from"): return "one pass over the training pictures"
     return f"{s.epochs} epochs of recipe {s.recipe}"
 
-# %% ../../nbs/65_report.ipynb #65_report_090
+# %% ../../nbs/65_report.ipynb #65_report_091
+def _coarse(net) -> str:
+    "A word about regions that few cells choose among; nothing where there are none, or cells enough."
+    h, w = getattr(net, "map_size", (7, 7))
+    if not getattr(net, "m", 0) or h * w >= 36: return ""
+    return f"regions are placed on {h} x {w} cells only: a larger --image_size places them more finely"
+
+# %% ../../nbs/65_report.ipynb #65_report_093
 def introduction(
     learn,                # before training
     settings: Settings,   # of the run
@@ -92,7 +99,9 @@ def introduction(
              f"{s.arch} from {_start_of(settings)}; method {s.method}: {_looks(net, s)}",
              f"{_machine(learn, s)}; {_length(net, s)}"]
     if word := _sizes(dls.class_counts.train, s): lines.insert(1, word)
-    if heads: lines.append(f"accuracy is that of the answer{answer}; {', '.join(heads)}: of that head alone")
+    if heads: lines.append(f"accuracy is that of the answer{answer}; {', '.join(heads)}: of that head alone; "
+                           "train loss is the sum of all heads'")
+    if word := _coarse(net): lines.append(word)
     if hasattr(os, "getloadavg") and (word := _busy(os.getloadavg()[0], os.cpu_count() or 1)): lines.append(word)
     return lines
 
