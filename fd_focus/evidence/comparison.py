@@ -6,7 +6,7 @@
 __all__ = ['MEASURES', 'read_rows', 'read_arrays', 'place_of', 'read_predictions', 'paired_difference', 'uneven', 'macro_scores',
            'macro_intervals', 'summarise', 'plot_results', 'multiply_adds', 'answering_time', 'plot_cost']
 
-# %% ../../nbs/50_comparison.ipynb #75_experiment003
+# %% ../../nbs/50_comparison.ipynb #50_comparison_018
 import json
 import math
 import time
@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
 from scipy import stats
-from torch.utils.flop_counter import FlopCounterMode
 
-if TYPE_CHECKING: from fastai.learner import Learner       # judging a saved model needs no fastai
+if TYPE_CHECKING:            # reading rows needs neither, and is at once without
+    from fastai.learner import Learner
+    from torch import nn
 
 # %% ../../nbs/50_comparison.ipynb #50_comparison_004
 _FIGURES = ("seconds", "images_per_second", "predict_seconds", "multiply_adds")     # of runs that did not fail
@@ -285,14 +285,15 @@ def plot_results(
     fig.suptitle(" · ".join(dict.fromkeys((Path(folder).name, data))), fontsize=11, parse_math=False)
     return fig
 
-# %% ../../nbs/50_comparison.ipynb #75_experiment010
-@torch.no_grad()
+# %% ../../nbs/50_comparison.ipynb #50_comparison_019
 def multiply_adds(
-    net: torch.nn.Module,    # a method
+    net: "nn.Module",        # a method
     size: int | tuple[int, int],   # of the input, pixels
     looks_again: float | None = None,   # share of the pictures that a network with `look_again_below` looks at twice
 ) -> float:
     "Multiply-adds to answer one picture, of convolutions and linear layers; the mode of `net` is left as it was."
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
     if looks_again is not None:
         limit, cost = net.look_again_below, []
         for net.look_again_below in (0., 2.): cost.append(multiply_adds(net, size))      # nobody, everybody
@@ -300,24 +301,24 @@ def multiply_adds(
         return cost[0] + looks_again * (cost[1] - cost[0])
     was, parameter = net.training, next(net.parameters())
     height, width = (size, size) if isinstance(size, int) else size
-    with FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         net.eval()(torch.zeros(1, 3, height, width, device=parameter.device))
     net.train(was)
     return counter.get_total_flops() / 2
 
-# %% ../../nbs/50_comparison.ipynb #75_experiment011c
-@torch.no_grad()
+# %% ../../nbs/50_comparison.ipynb #50_comparison_020
 def answering_time(
     learn: "Learner",
     repeats: int = 3,        # after one that does not count; the median is taken
 ) -> float:                  # seconds a picture, without loading
     "Time to answer the pictures of one validation batch."
+    import torch
     learn.model.eval()
     x, seconds = learn.dls.valid.one_batch()[0], []
     for _ in range(repeats + 1):
         if x.is_cuda: torch.cuda.synchronize()
         start = time.perf_counter()
-        learn.model(x)
+        with torch.no_grad(): learn.model(x)
         if x.is_cuda: torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return float(np.median(seconds[1:])) / len(x)

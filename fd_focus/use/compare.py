@@ -5,25 +5,27 @@
 # %% auto #0
 __all__ = ['validation_answers', 'write_answers', 'Run', 'read_run', 'compare_runs']
 
-# %% ../../nbs/64_compare.ipynb #64_compare_004
+# %% ../../nbs/64_compare.ipynb #64_compare_021
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 from scipy.stats import binomtest
 
 from ..data.names import visible
-from ..evidence.calibration import predictions
 from ..evidence.comparison import macro_scores, paired_difference, uneven
 from ..training.machine import put
-from ..training.learner import FocusLearner
 
-# %% ../../nbs/64_compare.ipynb #64_compare_006
+if TYPE_CHECKING: from fd_focus.training.learner import FocusLearner      # comparing what two runs left needs none
+
+# %% ../../nbs/64_compare.ipynb #64_compare_022
 def validation_answers(
-    learn: FocusLearner,
+    learn: "FocusLearner",
 ) -> pd.DataFrame:       # a row a picture that judged the run: split, file, label, answer, probability
     "The network's answers about the pictures that judged it; files are named from the data's folder on."
+    from fd_focus.evidence.calibration import predictions
     logits, targets = predictions(learn)
     vocab, best = [str(name) for name in learn.dls.vocab], logits.softmax(1).max(1)
     root = Path(learn.dls.path).absolute()
