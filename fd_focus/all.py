@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/90_all.ipynb #98_all002
+# %% ../nbs/90_all.ipynb #90_all_011
 from .toy import ToyBirds, ToyItem, ToyTruth, draw_bird, toy_items
 from .attention import attention_map, class_activation_maps, draw_attention, draw_image, smooth
 from .regions import REGION_COLOURS, draw_regions, propose, propose_from_table, region_grid, suppression_table
@@ -25,6 +25,7 @@ from .draw import plot_attention, plot_focus, plot_regions, plot_zooms
 from .data.pictures import DataWarning, bad_images, check_images, duplicate_images, open_image
 from .data.items import loader_speed, paper_transforms
 from .data.loaders import FocusDataLoaders
+from .data.shards import check_shards, index_shards, write_shards
 from .training.learner import FocusInterpretation, FocusLearner, class_weights, focus_learner, history
 from .training.learner import to_pixels
 from .training.checkpoint import Checkpoint, KeepBest

@@ -15,7 +15,6 @@ from pathlib import Path
 import fd_focus
 import pytest
 import yaml
-from make_readme import readme
 from release import try_wheel
 
 root = Path(__file__).resolve().parent.parent
@@ -23,6 +22,7 @@ PROJECT = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["
 
 
 def test_readme_is_made_from_the_index():
+    from make_readme import readme          # nbconvert takes seconds, which not every worker of pytest need spend
     assert (root / "README.md").read_text() == readme()
 
 

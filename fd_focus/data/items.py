@@ -213,21 +213,21 @@ def _keep(self: PicturesInMemory, image: Image.Image, row: np.ndarray):
     row[1:] = image.size
     row[0] = start + 1             # last: who sees it may read
 
-# %% ../../nbs/24_items.ipynb #24_items_054
+# %% ../../nbs/24_items.ipynb #24_items_076
 def item_reader(
     path: Path,               # folder the table's files are relative to
     item_tfms: list,          # what is done to a picture then
     cache,                    # None; 'ram', or a folder: what was read is kept there
     cache_gb: float,          # gigabytes of it
-    table: pd.DataFrame,      # column file; perhaps attrs['banner'], pixels to cut off below
+    table: pd.DataFrame,      # column file; perhaps attrs['banner'], pixels to cut off below, and attrs['reader']
 ) -> Callable:                # item to picture
     "What opens the pictures of a table, at the size that the transforms need. ValueError for a folder without a size."
-    banner, min_side = table.attrs.get("banner", 0), target_side(item_tfms)
+    banner, min_side, kind = table.attrs.get("banner", 0), target_side(item_tfms), table.attrs.get("reader", ItemReader)
     if not cache or cache == "ram":
-        reader, first = ItemReader(path, min_side, banner=banner), item_tfms[0] if item_tfms else None
+        reader, first = kind(path, min_side, banner=banner), item_tfms[0] if item_tfms else None
         fixed = isinstance(first, Resize) and first.method == ResizeMethod.Squish and first.split_idx is None
         return PicturesInMemory(reader, table.file, first if fixed else None, cache_gb) if cache else reader
-    if min_side: return ItemReader(path, min_side, ReducedPictures(cache, min_side + banner, cache_gb), banner)
+    if min_side: return kind(path, min_side, ReducedPictures(cache, min_side + banner, cache_gb), banner)
     raise ValueError("cache keeps pictures at the size that the first of item_tfms resizes to, "
                      "but these do not begin with a Resize")
 

@@ -6,7 +6,7 @@
 __all__ = ['make_loaders', 'make_learner', 'log_callback', 'versions', 'train', 'plot_curves', 'spread', 'regions_figure',
            'save_figure', 'write_run', 'write_examples']
 
-# %% ../../nbs/36_run.ipynb #36_run_imports
+# %% ../../nbs/36_run.ipynb #36_run_042
 import json
 import math
 import os
@@ -30,6 +30,7 @@ from fastcore.basics import noop
 
 from ..data.loaders import FocusDataLoaders
 from ..data.names import short_names
+from ..data.shards import is_shards
 from ..draw import plot_focus
 from ..loss import FocusLoss
 from ..methods import METHODS, method_options
@@ -45,7 +46,7 @@ from .settings import write_settings
 from .speed import speed_up
 from .watch import EpochParts, shares
 
-# %% ../../nbs/36_run.ipynb #36_run_001
+# %% ../../nbs/36_run.ipynb #36_run_043
 def _check_shares(s: Settings, processes: int) -> None:
     "ValueError for a batch that processes cannot share."
     if s.bs % processes or s.bs < 2 * processes:
@@ -73,7 +74,8 @@ def make_loaders(settings: Settings) -> FocusDataLoaders:
         given = {name: getattr(s, name) for name in FOLDER_SETTINGS}
         squash = {"squash": True, "crop": False, "pad": "pad"}[given.pop("fit")]
         if fold := given.pop("fold"): given["valid_pct"] = fold
-        dls = FocusDataLoaders.from_folder(s.data, squash=squash, **common, **given)
+        make = FocusDataLoaders.from_shards if is_shards(s.data) else FocusDataLoaders.from_folder
+        dls = make(s.data, squash=squash, **common, **given)
     choices = dict(early_stop=s.early_stop, keep_best=s.keep_best, look_again=s.look_again is not None)
     if dls.judged_by == "test" and any(choices.values()):
         instead = "split='valid'" if s.data == "toy" else \
