@@ -117,7 +117,7 @@ async function answer(file) {
 }
 """
 
-# %% ../../nbs/65_web.ipynb #65_web_035
+# %% ../../nbs/65_web.ipynb #65_web_054
 _SHOW = r"""function show(probabilities, boxes, again) {
   const order = probabilities.map((p, i) => i).sort((a, b) => probabilities[b] - probabilities[a]).slice(0, 5)
   const best = probabilities[order[0]], sure = about.threshold === undefined ? null : best >= about.threshold
@@ -126,8 +126,10 @@ _SHOW = r"""function show(probabilities, boxes, again) {
   const words = {true: "Sure", false: "Not sure", null: "Its best guess"}[never ? null : sure]
   at("verdict").textContent = `${words}: ${(100 * best).toFixed(1)} %`
   at("verdict").className = sure === false ? "doubt" : ""
-  at("looks").textContent = [boxes.length ? "The frames show the regions it rests on, the first in red." : "",
-    again === undefined ? "" : again ? "It needed a second look at them." : "One look was enough.",
+  const frames = again === undefined ? "The frames show the regions it rests on, the first in red." :
+    again ? "The first look was unsure, so it looked again, at the frames, the first in red." :
+    "One look was enough. It would have looked again at the frames, the first in red."
+  at("looks").textContent = [boxes.length ? frames : "",
     never ? "It was not right often enough in tests to call any answer sure." : ""].join(" ")
   at("others").replaceChildren(...order.map(i => {
     const row = document.createElement("li"), bar = document.createElement("meter")
@@ -153,7 +155,7 @@ start().catch(error => {
 })
 """
 
-# %% ../../nbs/65_web.ipynb #65_web_036
+# %% ../../nbs/65_web.ipynb #65_web_055
 _PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -177,9 +179,9 @@ _PAGE = """<!doctype html>
   #verdict {{ color: #1a6b2d; font-weight: 600; margin: .2rem 0 }}
   #verdict.doubt {{ color: #9a5b00 }}
   ol {{ list-style: none; padding: 0 }}
-  li {{ display: grid; grid-template-columns: 1fr 5rem 4rem; gap: .6rem; align-items: center; padding: .2rem 0;
+  li {{ display: grid; grid-template-columns: 1fr 5rem 4.5rem; gap: .6rem; align-items: center; padding: .2rem 0;
         overflow-wrap: anywhere; font-variant-numeric: tabular-nums }}
-  li b {{ font-weight: normal; text-align: right }}
+  li b {{ font-weight: normal; text-align: right; white-space: nowrap }}
   meter {{ width: 100% }}
   footer, #looks {{ color: #555; font-size: .92rem }}
 </style>
@@ -189,7 +191,7 @@ _PAGE = """<!doctype html>
 <label id="drop"><span id="said" role="status">Loading the model ({megabytes} MB) …</span><br>
   <input id="file" type="file" accept="image/*" aria-label="Choose a photograph"></label>
 <section id="answer" aria-live="polite" hidden>
-  <canvas id="photo" role="img" aria-label="the photograph, with the regions that the answer rests on"></canvas>
+  <canvas id="photo" role="img" aria-label="the photograph, with the regions to look at again"></canvas>
   <div><p id="label"></p><p id="verdict"></p><p id="looks"></p><ol id="others"></ol></div>
 </section>
 <footer>It knows {n} kinds, and names one of them for whatever it is shown. Made with fd_focus.</footer>
