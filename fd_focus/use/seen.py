@@ -40,15 +40,15 @@ def seen_before(
     prints = check_images(files)[1]
     return [known.get(prints.get(one), "") for one in files]
 
-# %% ../../nbs/59_seen.ipynb #59_seen_019
+# %% ../../nbs/59_seen.ipynb #59_seen_020
 def unseen(
     pictures: pd.DataFrame,   # with a column `file`
     folder: str | Path,       # a model folder
 ) -> tuple[pd.DataFrame, str]:   # those to judge by, and what to say of it; '' where nothing is to be said
     "The pictures that a model has not seen; all of them where it has seen all, or where nobody knows."
     if not (Path(folder) / "seen.csv").is_file():
-        return pictures, ("this model keeps no list of the pictures it was trained on: if these are among them, it looks "
-                          "too good")
+        return pictures, ("this model keeps no list of the pictures it was trained on: if these are among them, "
+                          "it looks too good")
     known = seen_before(pictures.file, folder)
     trained, chose, n = known.count("train"), known.count("valid"), len(known)
     if not trained + chose: return pictures, ""
