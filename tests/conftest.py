@@ -1,8 +1,11 @@
 "Shared by all tests: `--slow`, `--gpu`, and the development data named by FD_FOCUS_DATA."
+import atexit
 import multiprocessing
 import os
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +62,10 @@ def two_classes(root):
     return root
 
 
+HEAVY = ["fd_focus.training.run", "fd_focus.training.distributed", "fd_focus.use.model_folder", "fd_focus.use.answer",
+         "fd_focus.evidence.bench"]
+
+
 @pytest.fixture(scope="module")
 def processes(request):
     """`processes(function, *args)` starts one; the heavy imports are done once, in the server that forks them.
@@ -66,8 +73,7 @@ def processes(request):
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"      # tiny tensors: a second thread costs more than it gives
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fd_focus.training.run", "fd_focus.use.model_folder",
-                                    "fd_focus.training.distributed", request.module.__name__])
+    context.set_forkserver_preload([*HEAVY, request.module.__name__])
     running = []
     def start(function, *args):
         running.append(context.Process(target=function, args=args))
@@ -78,6 +84,41 @@ def processes(request):
         if process.is_alive(): process.kill()
     if before is None: del os.environ["OMP_NUM_THREADS"]
     else: os.environ["OMP_NUM_THREADS"] = before
+
+
+def as_typed(name, words, where, environment):
+    "What the installed command `name` does; it reads and writes files in `where`."
+    from fd_focus.use import cli
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, file in enumerate(("in", "out", "err")):
+        os.dup2(os.open(where / file, os.O_RDONLY if file == "in" else os.O_WRONLY), number)
+    sys.stdin, sys.argv = open(0), [name, *words]
+    try: getattr(cli, name)()
+    finally: atexit._run_exitfuncs()         # as an interpreter does at its end, and a forked process does not
+
+
+@pytest.fixture(scope="module")
+def begin(processes, tmp_path_factory):
+    """`begin(name, *words)` starts an installed command in a process of its own, without the seconds of its imports;
+    gives the process, and the folder with what it says, in `out` and `err`. `test_cli.py` starts some for real."""
+    def begin(name, *words, stdin="", **environment):
+        where = tmp_path_factory.mktemp("command")
+        for file, text in dict({"in": stdin}, out="", err="").items():
+            (where / file).write_text(text, errors="surrogateescape")
+        return processes(as_typed, name, list(map(str, words)), where, os.environ | environment), where
+    return begin
+
+
+@pytest.fixture(scope="module")
+def command(begin):
+    "`command(name, *words)` runs one to its end, and gives what `subprocess.run` gives."
+    def command(name, *words, **kwargs):
+        process, where = begin(name, *words, **kwargs)
+        process.join(600)
+        said = ((where / file).read_text(errors="surrogateescape") for file in ("out", "err"))
+        return subprocess.CompletedProcess(words, process.exitcode, *said)
+    return command
 
 
 @pytest.fixture(scope="module")

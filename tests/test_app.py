@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 import urllib.error
@@ -69,29 +68,20 @@ def free_port():
         return s.getsockname()[1]
 
 
-def started(folder, place):
-    "The app as a user starts it: its process, port and log, once it listens."
+@pytest.fixture(scope="module")
+def started(folder, begin):
+    "`started(place)` is the app as a user starts it, once it listens: its process, port, and `said()`."
     pytest.importorskip("gradio", reason="gradio is not installed: pip install 'fd_focus[app]'")
-    place.mkdir(exist_ok=True)
-    script, port, log = place / "app.py", free_port(), place / "app.log"
-    script.write_text(
-        "import signal\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)    # a job in the background ignores Ctrl-C\n"
-        "from fd_focus.use.cli import fd_focus_app\nfd_focus_app()\n"
-    )
-    environment = os.environ | dict(CUDA_VISIBLE_DEVICES="", GRADIO_TEMP_DIR=str(place / "uploads"))
-    with open(log, "w") as out:
-        process = subprocess.Popen(
-            [sys.executable, script, folder, "--port", str(port), "--max_mb", "1"],
-            stdout=out,
-            stderr=out,
-            env=environment,
-        )
-    deadline = time.time() + 300
-    while "Ctrl-C ends it" not in log.read_text():
-        assert process.poll() is None and time.time() < deadline, log.read_text()
-        time.sleep(.2)
-    return process, port, log
+    def started(place):
+        process, where = begin("fd_focus_app", folder, "--port", port := free_port(), "--max_mb", 1,
+                               CUDA_VISIBLE_DEVICES="", GRADIO_TEMP_DIR=str(place / "uploads"))
+        def said(): return (where / "out").read_text() + (where / "err").read_text()
+        deadline = time.time() + 300
+        while "Ctrl-C ends it" not in said():
+            assert process.is_alive() and time.time() < deadline, said()
+            time.sleep(.2)
+        return process, port, said
+    return started
 
 
 def left_behind(place):
@@ -100,23 +90,24 @@ def left_behind(place):
 
 
 @pytest.fixture(scope="module")
-def page(folder, place):
+def page(started, place):
     "Where `fd_focus_app` listens; ends with Ctrl-C."
-    process, port, log = started(folder, place)
+    process, port, said = started(place)
     yield f"http://127.0.0.1:{port}"
-    process.send_signal(signal.SIGINT)
-    process.wait(60)
-    assert "Traceback" not in log.read_text()
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 0 and "Traceback" not in said(), said()
     assert not left_behind(place), "what visitors have sent is still there"
 
 
-def test_a_service_that_is_stopped_leaves_nothing_behind(folder, tmp_path):
+def test_a_service_that_is_stopped_leaves_nothing_behind(started, tmp_path):
     "`systemctl stop`, `docker stop` and `kill` send SIGTERM. There is something to remove: copies of the examples."
-    process, _, log = started(folder, tmp_path / "app")
-    assert left_behind(tmp_path / "app")
+    process, _, said = started(tmp_path)
+    assert left_behind(tmp_path)
     process.terminate()
-    assert process.wait(60) == 143 and "Traceback" not in log.read_text()
-    assert not left_behind(tmp_path / "app")
+    process.join(60)
+    assert process.exitcode == 143 and "Traceback" not in said(), said()
+    assert not left_behind(tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,9 @@
 import importlib
 import inspect
 import json
-import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,35 +25,32 @@ from bench.growth import bench_growth          # the scripts beside the notebook
 from bench.loops import bench_loops, sliced_crops, with_loops
 
 
-def run(*args, cwd):
-    script = cwd / "fd_focus_bench.py"      # what the installed command is
-    script.write_text("from fd_focus.use.cli import fd_focus_bench\nfd_focus_bench()\n")
-    command = [sys.executable, "-W", "ignore", str(script), *args]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+@pytest.fixture
+def run(command): return partial(command, "fd_focus_bench")
 
 
-def test_command_writes_a_file_and_keeps_other_sections(tmp_path):
+def test_command_writes_a_file_and_keeps_other_sections(run, tmp_path):
     file = tmp_path / "deep" / "bench.json"
-    first = run("--quick", "--only", "reading,answers", "--out", str(file), "--threads", "1", cwd=tmp_path)
+    first = run("--quick", "--only", "reading,answers", "--out", str(file), "--threads", "1")
     assert first.returncode == 0, first.stderr
     assert "looked at again ÷ one look" in first.stdout
     saved = json.loads(file.read_text())
     assert saved["quick"] and saved["machine"]["threads"] == 1
     assert {"reading", "answers"} <= set(saved) and "step" not in saved
-    other = run("--quick", "--only", "step", "--out", str(file), "--threads", "2", cwd=tmp_path)
+    other = run("--quick", "--only", "step", "--out", str(file), "--threads", "2")
     assert other.returncode == 1 and json.loads(file.read_text()) == saved
     assert "bench.json has answers, reading of another machine, device or number of threads" in other.stderr
-    second = run("--quick", "--only", "step", "--out", str(file), "--threads", "1", cwd=tmp_path)
+    second = run("--quick", "--only", "step", "--out", str(file), "--threads", "1")
     assert second.returncode == 0, second.stderr
     both = json.loads(file.read_text())
     assert both["answers"] == saved["answers"] and len(both["bars"]) == 4
     assert [p.name for p in file.parent.iterdir()] == ["bench.json"]
 
 
-def test_command_explains_bad_input(tmp_path):
+def test_command_explains_bad_input(run):
     for args, message in ((("--only", "colour"), "no section colour; there are " + ", ".join(SECTIONS)),
                           (("--threads", "0"), "threads=0; use 1 or more")):
-        done = run(*args, cwd=tmp_path)
+        done = run(*args)
         assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
 
 

@@ -29,7 +29,8 @@ TOY = dict(arch="toy_resnet", image_size=48, epochs=1, bs=8, n_classes=3, images
            examples=0)
 
 
-def command(name, *args):
+def installed(name, *args):
+    "The command itself, which takes seconds to start."
     return subprocess.run([BIN / name, *map(str, args)], capture_output=True, text=True)
 
 
@@ -86,11 +87,16 @@ def test_help_imports_nothing_heavy(name):
     assert not imported & {"torch", "fastai", "matplotlib", "pandas", "numpy"}
 
 
-def test_train_method_and_plain(folder, tmp_path):
-    for method in ("focus", "plain"):
+def test_comparing_runs_needs_no_torch():
+    code = "import sys, fd_focus.use.compare; print({'torch', 'fastai', 'sklearn'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_train_method_and_plain(folder, tmp_path, command):
+    for method, start in (("focus", installed), ("plain", command)):
         out = tmp_path / method
         extra = ["--method", "plain", "--examples", 0] if method == "plain" else ["--m=4", "--l", 2]
-        run = command("fd_focus_train", "--data", folder, *TINY, "--out", out, *extra)
+        run = start("fd_focus_train", "--data", folder, *TINY, "--out", out, *extra)
         assert run.returncode == 0, run.stderr
         assert f"{method}: " in run.stdout
         first = run.stdout.splitlines()
@@ -155,7 +161,7 @@ register("mine_alone", Mine)
 """
 
 
-def test_a_method_of_ones_own(folder, tmp_path, monkeypatch):
+def test_a_method_of_ones_own(folder, tmp_path, monkeypatch, command):
     "--import makes it known; every command with its model wants it again, and nothing else runs code of a folder."
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -173,7 +179,7 @@ def test_a_method_of_ones_own(folder, tmp_path, monkeypatch):
     assert "mine_alone" in fails("run/model", picture, "--device", "cpu", name="fd_focus_predict")
 
 
-def test_flags_win_over_the_file_and_both_over_the_preset(tmp_path):
+def test_flags_win_over_the_file_and_both_over_the_preset(tmp_path, command):
     "Also a flag that says what is the default anyway, or is cut short."
     config, out = tmp_path / "mine.yaml", tmp_path / "run"
     written = dict(bs=8, m=3, sigma=2, epochs=3, arch="toy_resnet", images_per_class=8, valid_per_class=2, out=str(out))
@@ -269,7 +275,7 @@ def test_bad_folders(tmp_path):
     assert "classes without training pictures: other" in fails("--data", tmp_path, *TINY)
 
 
-def test_an_error_is_a_sentence(tmp_path):
+def test_an_error_is_a_sentence(tmp_path, command):
     "In a process of its own: no traceback, and the status tells."
     run = command("fd_focus_train", "--data", tmp_path / "nowhere")
     assert run.returncode == 1 and run.stderr.startswith(f"fd_focus: no folder {tmp_path / 'nowhere'}"), run.stderr
@@ -311,7 +317,7 @@ def test_a_run_among_its_own_class_folders_is_refused(folder, tmp_path, monkeypa
     assert "lies among the class folders of" in end.value.code and not Path("runs").exists()
 
 
-def test_who_looks_again_is_chosen_at_the_end(tmp_path):
+def test_who_looks_again_is_chosen_at_the_end(tmp_path, command):
     "On validation birds the limit is chosen, kept in the model, and the report has the accuracy that it gives."
     run = command("fd_focus_train", *TINY, "--data", "toy", "--n_classes", 3, "--images_per_class", 12, "--answer",
                   "adaptive", "--distill", 1, "--out", tmp_path / "run")

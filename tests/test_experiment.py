@@ -1,7 +1,7 @@
 "An experiment that is killed goes on; what it keeps is enough to compute its statistics again."
 import json
+import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,7 +22,6 @@ from fd_focus.training.run import train
 from fd_focus.training.settings import Settings
 from fd_focus.use.commands import fd_focus_experiment
 
-BIN = Path(sys.executable).parent
 RESULTS = Path(__file__).parent.parent / "results"
 PLAN = """
 base: {arch: toy_resnet, pretrained: false, image_size: 48, epochs: 1, bs: 8, n_classes: 3, images_per_class: 8}
@@ -31,7 +30,6 @@ variants:
   focus: {}
 seeds: [0, 1]
 """
-RUN = "import sys; from fd_focus.evidence.experiment import run_experiment; run_experiment(sys.argv[1])"
 
 
 @pytest.fixture
@@ -41,14 +39,14 @@ def folder(tmp_path):
     return tmp_path / "mine"
 
 
-def test_killed_and_started_again(folder):
-    first = subprocess.Popen([sys.executable, "-c", RUN, folder], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while not (folder / "rows.csv").is_file() and first.poll() is None: time.sleep(.02)      # one run is finished
+def test_killed_and_started_again(folder, begin):
+    first, _ = begin("fd_focus_experiment", folder)
+    while not (folder / "rows.csv").is_file() and first.is_alive(): time.sleep(.02)          # one run is finished
     if sys.platform != "win32":                                   # there is no such lock on Windows
-        first.send_signal(signal.SIGSTOP)
+        os.kill(first.pid, signal.SIGSTOP)
         with pytest.raises(BlockingIOError, match=f"process {first.pid} on .* works on"): run_experiment(folder)
         with pytest.raises(SystemExit, match=f"fd_focus: process {first.pid} on"): fd_focus_experiment(str(folder))
-    first.kill(); first.communicate()
+    first.kill(); first.join()
     before = read_rows(folder)
     assert 1 <= len(before) < 4 and (before.status == "ok").all()
     for run in zip(before.data, before.variant, before.seed): assert len(read_predictions(folder, *run)["answer"])
@@ -136,9 +134,9 @@ def test_what_is_missing_is_named(tmp_path):
         paired_difference(np.ones((2, 3)), np.ones((2, 4)))
 
 
-def test_the_command_ends_with_a_sentence(tmp_path):
+def test_the_command_ends_with_a_sentence(tmp_path, command):
     (tmp_path / "bad.yaml").write_text("variants: {a: {epoch: 3}}\nseeds: [0]")
-    run = subprocess.run([BIN / "fd_focus_experiment", tmp_path / "bad.yaml"], capture_output=True, text=True)
+    run = command("fd_focus_experiment", tmp_path / "bad.yaml")
     assert run.returncode != 0 and "Traceback" not in run.stderr
     assert "unknown setting epoch (did you mean epochs?)" in run.stderr
 

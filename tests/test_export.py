@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image, ImageCms
 from fd_focus.data.loaders import FocusDataLoaders
 from fd_focus.methods import METHODS, Method
 from fd_focus.training.learner import focus_learner
+from fd_focus.training.machine import alone
 from fd_focus.use import export
 from fd_focus.use.cli import fd_focus_export
 from fd_focus.use.export import check_parity, export_model, run_exported, toy_images
@@ -36,6 +38,27 @@ def learner(dls, settle=True, **kwargs):
 def saved(dls, tmp_path_factory): return save_focus(learner(dls), tmp_path_factory.mktemp("saved") / "model")
 
 
+@pytest.fixture(scope="module")
+def graph(saved): return export_model(load_focus(saved), saved.with_name("model.onnx"))
+
+
+@pytest.fixture(scope="module")
+def plain(dls, tmp_path_factory):
+    "One look: its graph is made in a quarter of the time, for tests of what is around a graph."
+    return save_focus(learner(dls, method="plain"), tmp_path_factory.mktemp("plain") / "model")
+
+
+def relabelled(graph, net, file):
+    "What `export_model` would write of a network that differs from the graph's in what it tells of itself alone."
+    import onnx
+    model = onnx.load(graph)
+    del model.metadata_props[:]
+    about = export._metadata(net, FocusPipeline(net).outputs)
+    for key, value in about.items(): model.metadata_props.add(key=key, value=value)
+    onnx.save(model, file)
+    return file
+
+
 def loaded(dls, tmp_path, arch="toy_resnet", **kwargs):
     return load_focus(save_focus(learner(dls, arch=arch, **kwargs), tmp_path / "model"))
 
@@ -48,7 +71,7 @@ def agrees(net, file, **kwargs):
 
 CASES = [
     dict(answer="ensemble", fusion="mean", crop_norm="separate"),
-    dict(attention="single", l=3),
+    dict(attention="single", l=3, answer="hybrid"),
     dict(method="plain"),
     dict(answer="adaptive"),
     *(
@@ -114,7 +137,8 @@ def test_onnx_with_photographs(data, tmp_path):
     files = sorted((data / "cars_sedan33").rglob("*.jpg"))[::60][:24]
     dls = FocusDataLoaders.from_toy(2, 1, image_size=224, n_classes=3, bs=2)
     learn = learner(
-        dls, arch="mobilenet_v2", weights=data / "weights" / "mobilenet_v2_imagenet_features.pth", settle=False
+        dls, arch="mobilenet_v2", weights=data / "weights" / "mobilenet_v2_imagenet_features.pth", settle=False,
+        answer="hybrid"
     )
     net = load_focus(save_focus(learn, tmp_path / "model"))
     classifier = FocusClassifier(net, "cpu")
@@ -180,7 +204,7 @@ def test_parity_of_who_looks_again(dls, tmp_path):
 def test_input_larger_than_the_first_look(tmp_path):
     "The graph reduces the picture for the first look and crops from the picture itself; temperature is inside."
     dls = FocusDataLoaders.from_toy(2, 1, image_size=96, n_classes=3, bs=2)
-    learn = learner(dls, image_size=64)
+    learn = learner(dls, image_size=64, answer="hybrid")
     net = load_focus(save_focus(learn, tmp_path / "model", temperature=2.5))
     run = run_exported(export_model(net, tmp_path / "model.onnx"))
     assert check_parity(net, run).ok
@@ -209,7 +233,7 @@ def session(file): return pytest.importorskip("onnxruntime").InferenceSession(fi
     ids=str,
 )
 @pytest.mark.parametrize("size,orientation", [((640, 410), 1), ((300, 777), 6), ((50, 70), 3)])
-def test_without_this_library(saved, tmp_path, prepared, size, orientation):
+def test_without_this_library(saved, graph, tmp_path, prepared, size, orientation):
     y, x = np.mgrid[0:size[1], 0:size[0]]
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -220,7 +244,7 @@ def test_without_this_library(saved, tmp_path, prepared, size, orientation):
     ).save(tmp_path / "x.jpg", exif=exif)
     net = load_focus(saved)
     net.about |= prepared
-    found = export.answer_photo(session(export_model(net, tmp_path / "x.onnx")), tmp_path / "x.jpg")
+    found = export.answer_photo(session(relabelled(graph, net, tmp_path / "x.onnx")), tmp_path / "x.jpg")
     want = FocusClassifier(net, "cpu").predict(tmp_path / "x.jpg")
     assert (
         found["label"] == want.label
@@ -268,10 +292,10 @@ def photographs(data):
             for folder in sorted(folder for folder in (data / place).rglob("*") if next(folder.glob("*.jpg"), 0))[:12]]
 
 
-def answers_alike(net, folder, files):
+def answers_alike(net, graph, files):
     "Ask the program that lies beside a graph, in a process of its own; and this library."
     pytest.importorskip("onnxruntime")
-    graph = export_model(net, folder / "model.onnx")
+    folder = graph.parent
     classes, program = export.write_beside(net, graph)
     assert (classes, program) == (folder / "model.classes.json", folder / "preprocess.py")
     assert json.loads(classes.read_text()) == net.classes
@@ -293,18 +317,18 @@ PREPARED = [dict(resize=[73, 73], min_side=73), dict(squash=False, resize=[80, 7
             dict(squash="pad")]
 
 @pytest.mark.parametrize("prepared", PREPARED, ids=str)
-def test_who_knows_only_the_file_gets_the_same_answers(saved, tmp_path, prepared):
+def test_who_knows_only_the_file_gets_the_same_answers(saved, graph, tmp_path, prepared):
     net = load_focus(saved)
     net.about |= prepared
-    answers_alike(net, tmp_path, drawn_pictures(tmp_path))
+    answers_alike(net, relabelled(graph, net, tmp_path / "model.onnx"), drawn_pictures(tmp_path))
 
 
 @pytest.mark.parametrize("prepared", PREPARED, ids=str)
-def test_the_same_answers_on_photographs(saved, data, tmp_path, prepared):
+def test_the_same_answers_on_photographs(saved, graph, data, tmp_path, prepared):
     net = load_focus(saved)
     net.about |= prepared
     assert len(files := photographs(data)) == 24
-    answers_alike(net, tmp_path, files)
+    answers_alike(net, relabelled(graph, net, tmp_path / "model.onnx"), files)
 
 
 def test_a_profile_of_colours_counts(tmp_path):
@@ -334,13 +358,13 @@ def wide_profile():
     return bytes(profile).replace("sRGB".encode("utf-16-be"), "wide".encode("utf-16-be"))
 
 
-def test_wrong_pixels_get_no_answer(saved, tmp_path):
+def test_wrong_pixels_get_no_answer(saved, graph, tmp_path):
     "Up to 255, or with a mean subtracted: NaN for these pictures, and an answer for the others of the batch."
     net = load_focus(saved)
     right = toy_images((64, 64), 4)
     mean, std = (torch.tensor(values)[:, None, None] for values in net.stats)
-    for format, suffix in export.FORMATS.items():
-        run = run_exported(export_model(net, tmp_path / f"model{suffix}", format))
+    for file in (graph, export_model(net, tmp_path / "model.pt2", "torch-export")):
+        run = run_exported(file)
         found = run(torch.stack([right[0], 255 * right[1], (right[2] - mean) / std, 2 * right[3] - 1]))["probabilities"]
         assert found.isfinite().all(1).tolist() == [True, False, False, False]
         assert torch.allclose(found[0], run(right)["probabilities"][0], atol=1e-5)
@@ -348,12 +372,16 @@ def test_wrong_pixels_get_no_answer(saved, tmp_path):
         assert run(edges)["probabilities"].isfinite().all()
 
 
-def test_what_a_graph_says_of_itself(saved, tmp_path):
+def metadata(graph):
+    return {name: json.loads(text) for name, text in session(graph).get_modelmeta().custom_metadata_map.items()}
+
+
+def test_what_a_graph_says_of_itself(saved, plain, graph, tmp_path):
     "An old folder says less of how it was prepared; the graph says all."
-    net = load_focus(saved)
+    assert metadata(relabelled(graph, load_focus(saved), tmp_path / "again.onnx")) == metadata(graph)
+    net = load_focus(plain)
     for name in ("resize", "squash", "min_side"): del net.about[name]
-    graph = export_model(net, tmp_path / "model.onnx")
-    about = {name: json.loads(text) for name, text in session(graph).get_modelmeta().custom_metadata_map.items()}
+    about = metadata(export_model(net, tmp_path / "model.onnx"))
     want = FocusClassifier(net, "cpu")
     assert tuple(about["resize"]) == want.resize == (73, 73)
     assert tuple(about["input_size"]) == want.input_size == (64, 64)
@@ -366,12 +394,12 @@ def test_what_a_graph_says_of_itself(saved, tmp_path):
     assert "cut off the lowest 20 pixels where it has the banner" in " ".join(export.how_to_prepare(net))
 
 
-def test_a_banner_is_cut_off_as_by_predict(saved, tmp_path):
+def test_a_banner_is_cut_off_as_by_predict(saved, graph, tmp_path):
     "Its pixels are those of the original: a JPEG that comes reduced has fewer, a turned one has them on another side."
     net = load_focus(saved)
     net.about |= dict(banner=20, min_side=73)
-    graph, exif, files = export_model(net, tmp_path / "model.onnx"), Image.Exif(), []
-    about = {name: json.loads(text) for name, text in session(graph).get_modelmeta().custom_metadata_map.items()}
+    graph, exif, files = relabelled(graph, net, tmp_path / "model.onnx"), Image.Exif(), []
+    about = metadata(graph)
     exif[0x0112] = 6
     rng, cut = np.random.default_rng(0), FocusClassifier(net, "cpu", banner=True)
     for size, ending, options in (((320, 170), "png", {}), ((999, 777), "jpg", {}),
@@ -391,7 +419,7 @@ def test_a_banner_is_cut_off_as_by_predict(saved, tmp_path):
     assert len(lines[0]) == len(files) and lines[0] != lines[1]
     net.about.pop("banner")
     with pytest.raises(ValueError, match="knows of no banner"):
-        export.answer_photo(session(export_model(net, graph)), files[0], banner=True)
+        export.answer_photo(session(relabelled(graph, net, graph)), files[0], banner=True)
 
 
 def test_the_program_needs_little_and_spares_what_is_there(saved, tmp_path):
@@ -455,7 +483,7 @@ def test_what_cannot_be_exported(dls, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="the method 'focus' answers differently each time"):
         export_model(net, tmp_path / "model.onnx")
     monkeypatch.undo()
-    net = loaded(dls, tmp_path)
+    net = loaded(dls, tmp_path, method="plain")
     with pytest.raises(ValueError, match="format='tflite'; use 'onnx' or 'torch-export'"):
         export_model(net, tmp_path / "model.tflite", "tflite")
     for opset in (11, 99):
@@ -477,21 +505,21 @@ def test_what_cannot_be_exported(dls, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a small file system")
 @pytest.mark.parametrize("format", export.FORMATS)
-def test_full_disk(saved, tmp_path, format):
+def test_full_disk(plain, tmp_path, format):
     "An error with a message, and nothing half written; when there is room again, it works."
     disk, name = tmp_path / "disk", f"model{export.FORMATS[format]}"
     disk.mkdir()
-    size = 1000 * (sum(file.stat().st_size for file in saved.iterdir()) // 2000)         # the weights do not fit
+    size = 1000 * (sum(file.stat().st_size for file in plain.iterdir()) // 2000)         # the weights do not fit
     if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("only root may mount")
     try:
         with pytest.raises(OSError, match=f"No space left on device: '{disk / name}'"):
-            export_model(load_focus(saved), disk / name, format)
+            export_model(load_focus(plain), disk / name, format)
         with pytest.raises(SystemExit, match=f"fd_focus: No space left on device: {disk}"):
-            fd_focus_export(model=str(saved), format=format, out=str(disk / name), n=2)
+            fd_focus_export(model=str(plain), format=format, out=str(disk / name), n=2)
         assert not list(disk.iterdir())
         subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
-        assert export_model(load_focus(saved), disk / name, format).stat().st_size > size
+        assert export_model(load_focus(plain), disk / name, format).stat().st_size > size
     finally: subprocess.run(["umount", "-l", disk], check=True)
 
 
@@ -543,20 +571,20 @@ def written(folder):
     return {name for name in names if not name.endswith((".classes.json", "preprocess.py"))}
 
 
-def test_command(saved, data, tmp_path, monkeypatch, capsys):
+def test_command(dls, plain, data, tmp_path, tmp_path_factory, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    fd_focus_export(model=str(saved))
+    fd_focus_export(model=str(save_focus(learner(dls, answer="hybrid"), tmp_path_factory.mktemp("hybrid") / "model")))
     assert (
         "model.onnx: " in (told := capsys.readouterr().out)
         and "64 pictures: 64 with the same class, 64 with the same boxes" in told
     )
     fd_focus_export(
-        model=str(saved), format="torch-export", out="deep/birds.pt2", images=[str(data / "cars_sedan33")], n=3
+        model=str(plain), format="torch-export", out="deep/birds.pt2", images=[str(data / "cars_sedan33")], n=3
     )
     assert "3 pictures: 3 with the same class" in capsys.readouterr().out
     assert written(tmp_path) == {"model.onnx", "deep", "deep/birds.pt2"}
     def message(**kwargs):
-        with pytest.raises(SystemExit) as end: fd_focus_export(**dict(model=str(saved)) | kwargs)
+        with pytest.raises(SystemExit) as end: fd_focus_export(**dict(model=str(plain)) | kwargs)
         return end.value.code
     assert "no model folder" in message(model="gone")
     assert "format='tflite'" in message(format="tflite")
@@ -566,37 +594,42 @@ def test_command(saved, data, tmp_path, monkeypatch, capsys):
     assert "opset=18 is for format 'onnx'" in message(format="torch-export", opset=18)
 
 
+def hold(file, held):
+    "In a process of its own, which works on `file` for long."
+    with alone(file):
+        held.touch()
+        time.sleep(600)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks")
-def test_one_export_to_a_file_at_a_time(saved, tmp_path):
-    file = tmp_path / "model.onnx"
-    script = ("import sys, time; from fd_focus.training.machine import alone\n"
-              "with alone(sys.argv[1]): print('held', flush=True); time.sleep(600)")
-    with subprocess.Popen([sys.executable, "-W", "ignore", "-c", script, file], stdout=subprocess.PIPE) as other:
-        assert other.stdout.readline() == b"held\n"
-        with pytest.raises(SystemExit, match=f"fd_focus: process {other.pid} on .* works on {file}"):
-            fd_focus_export(model=str(saved), out=str(file), n=2)
-        other.kill()
-    fd_focus_export(model=str(saved), out=str(file), n=2)
+def test_one_export_to_a_file_at_a_time(plain, tmp_path, tmp_path_factory, processes):
+    file, held = tmp_path / "model.onnx", tmp_path_factory.mktemp("said") / "held"
+    other = processes(hold, file, held)
+    while not held.exists(): assert other.is_alive(); time.sleep(.02)
+    with pytest.raises(SystemExit, match=f"fd_focus: process {other.pid} on .* works on {file}"):
+        fd_focus_export(model=str(plain), out=str(file), n=2)
+    other.kill(); other.join()
+    fd_focus_export(model=str(plain), out=str(file), n=2)
     assert written(tmp_path) == {"model.onnx"}
 
 
-def test_command_reads_a_list(saved, data, tmp_path, monkeypatch, capsys):
+def test_command_reads_a_list(plain, data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         sys, "stdin", io.StringIO("".join(f"{file}\n" for file in sorted((data / "cars_sedan33").rglob("*.jpg"))[:3]))
     )
-    fd_focus_export(model=str(saved), images=["-"], n=2)
+    fd_focus_export(model=str(plain), images=["-"], n=2)
     assert "2 pictures: 2 with the same class" in capsys.readouterr().out
 
 
-def test_command_without_pictures(saved, tmp_path, monkeypatch):
+def test_command_without_pictures(plain, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
-    with pytest.raises(SystemExit) as end: fd_focus_export(model=str(saved), images=["-"])
+    with pytest.raises(SystemExit) as end: fd_focus_export(model=str(plain), images=["-"])
     assert "--images -: no pictures to compare on" in end.value.code and not list(tmp_path.iterdir())
 
 
-def test_command_keeps_no_graph_that_differs(saved, tmp_path, monkeypatch):
+def test_command_keeps_no_graph_that_differs(plain, tmp_path, monkeypatch):
     monkeypatch.setattr(
         export,
         "run_exported",
@@ -606,7 +639,7 @@ def test_command_keeps_no_graph_that_differs(saved, tmp_path, monkeypatch):
             )
         ),
     )
-    with pytest.raises(SystemExit) as end: fd_focus_export(model=str(saved), out=str(tmp_path / "model.onnx"), n=4)
+    with pytest.raises(SystemExit) as end: fd_focus_export(model=str(plain), out=str(tmp_path / "model.onnx"), n=4)
     assert "does not answer as PyTorch does: 4 pictures: 0 with the same class" in end.value.code and not list(
         tmp_path.iterdir()
     )

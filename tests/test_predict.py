@@ -369,7 +369,7 @@ def test_the_limit_is_of_the_first_look_as_it_was_trained(choosy, birds, tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
-def test_rows_say_who_looked_again(choosy, birds, tmp_path, kind):
+def test_rows_say_who_looked_again(ask, choosy, birds, tmp_path, kind):
     (tmp_path / "bad.jpg").write_text("no picture")
     out, files = tmp_path / f"rows.{kind}", sorted(birds.rglob("*.jpg"))
     run = ask(choosy / "half", birds, tmp_path / "bad.jpg", "--out", out, "--regions", tmp_path / "seen", "--bs", 7)
@@ -386,7 +386,7 @@ def test_rows_say_who_looked_again(choosy, birds, tmp_path, kind):
     assert len(list((tmp_path / "seen").rglob("*.jpg"))) == 30             # also where one look was enough
 
 
-def test_a_model_that_was_asked_about_nothing_readable_says_no_share(choosy, tmp_path):
+def test_a_model_that_was_asked_about_nothing_readable_says_no_share(ask, choosy, tmp_path):
     (tmp_path / "bad.jpg").write_text("no picture")
     run = ask(choosy / "half", tmp_path / "bad.jpg")
     assert run.returncode == 1
@@ -568,19 +568,19 @@ def starter(name, flags=()):
     return [sys.executable, *flags, script]
 
 
-def command(name, *args, stdin=None, env=None, flags=()):
+def installed(name, *args, flags=()):
     "A console command, whether it is installed or not."
-    return subprocess.run(
-        [*starter(name, flags), *map(str, args)], capture_output=True, text=True, input=stdin, env=env
-    )
+    return subprocess.run([*starter(name, flags), *map(str, args)], capture_output=True, text=True)
 
 
-def ask(*args, **kwargs): return command("fd_focus_predict", *args, "--device", "cpu", **kwargs)
+@pytest.fixture
+def ask(command):
+    return lambda *args, **kwargs: command("fd_focus_predict", *args, "--device", "cpu", **kwargs)
 
 
 def test_help_imports_nothing_heavy():
     for name in ("fd_focus_predict", "fd_focus_export"):
-        run = command(name, "--help", flags=("-X", "importtime"))
+        run = installed(name, "--help", flags=("-X", "importtime"))
         assert run.returncode == 0 and "usage" in run.stdout
         imported = {line.rsplit("|", 1)[-1].strip() for line in run.stderr.splitlines() if "|" in line}
         assert not imported & {"torch", "fastai", "matplotlib", "pandas", "onnx"}
@@ -589,7 +589,7 @@ def test_help_imports_nothing_heavy():
 def test_folder_to_csv(model, birds, tmp_path):
     classifier = FocusClassifier.load(model, "cpu")
     out, seen = tmp_path / "new" / "rows.csv", tmp_path / "seen"
-    run = ask(model, birds, "--out", out, "--regions", seen, "--bs", 7)
+    run = installed("fd_focus_predict", model, birds, "--out", out, "--regions", seen, "--bs", 7, "--device", "cpu")
     assert run.returncode == 0 and not run.stdout and "30 pictures" in run.stderr, run.stderr
     table = pd.read_csv(out)
     files = sorted(birds.rglob("*.jpg"))
@@ -626,7 +626,7 @@ def test_folder_to_csv(model, birds, tmp_path):
     assert all(Image.open(d).width == 1352 for d in drawn)                  # the whole card
 
 
-def test_json_lines_stdin_and_bad_files(model, birds, tmp_path):
+def test_json_lines_stdin_and_bad_files(ask, model, birds, tmp_path):
     good = sorted(birds.rglob("*.jpg"))[:3]
     (tmp_path / "text.jpg").write_text("no picture")
     (tmp_path / "empty").mkdir()
@@ -721,36 +721,17 @@ def test_a_typo_does_not_empty_an_earlier_result(model, birds, tmp_path, capsys,
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of files are text elsewhere")
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
-def test_names_that_are_not_utf8(model, birds, tmp_path, kind):
+def test_names_that_are_not_utf8(ask, model, birds, tmp_path, kind):
     "A name in Latin-1 goes in by a folder or a list, and comes out as it is: bytes in CSV, an escape in JSON."
     good = sorted(birds.rglob("*.jpg"))[0]
     names = [os.fsencode(tmp_path) + name for name in (b"/caf\xe9.jpg", b"/caf\xe9.txt", "/café.jpg".encode())]
     for name in (names[0], names[2]):
         with open(name, "wb") as file: file.write(good.read_bytes())
-    run = subprocess.run(
-        [
-            *starter("fd_focus_predict"),
-            model,
-            "-",
-            tmp_path,
-            "--device",
-            "cpu",
-            "--format",
-            kind,
-            "--out",
-            tmp_path / "rows",
-            "--regions",
-            tmp_path / "seen",
-        ],
-        input=b"\n".join(names),
-        capture_output=True,
-    )
-    assert run.returncode == 1 and b"5 pictures" in run.stderr and b"1 failed" in run.stderr, run.stderr
-    piped = subprocess.run(
-        [*starter("fd_focus_predict"), model, "-", "--device", "cpu", "--format", kind],
-        input=b"\n".join(names),
-        capture_output=True,
-    ).stdout
+    listed = os.fsdecode(b"\n".join(names))
+    run = ask(model, "-", tmp_path, "--format", kind, "--out", tmp_path / "rows", "--regions", tmp_path / "seen",
+              stdin=listed)
+    assert run.returncode == 1 and "5 pictures" in run.stderr and "1 failed" in run.stderr, run.stderr
+    piped = os.fsencode(ask(model, "-", "--format", kind, stdin=listed).stdout)
     for data, wanted in (((tmp_path / "rows").read_bytes(), [*names, names[2], names[0]]), (piped, names)):
         lines = data.splitlines()[kind == "csv":]
         assert [

@@ -5,6 +5,7 @@ import platform
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -26,7 +27,6 @@ from fd_focus.training.settings import Settings
 from fd_focus.use.commands import fd_focus_train
 from fd_focus.toy import ToyBirds
 
-BIN = Path(sys.executable).parent
 TINY = dict(arch="toy_resnet", image_size=48, epochs=4, bs=8, n_classes=4, images_per_class=10)
 
 
@@ -61,6 +61,16 @@ def slow_writing(epoch):
         stream.flush()
         time.sleep(600)
     module.torch.save = half
+
+
+def waiting(epochs):
+    "After so many epochs it waits in the second batch, to be killed there however busy the machine is."
+    from fastai.learner import Learner
+    one_batch = Learner.one_batch
+    def wait(self, i, b):
+        if self.model.training and (self.epoch, i) == (epochs, 1): time.sleep(600)
+        return one_batch(self, i, b)
+    Learner.one_batch = wait
 
 
 def small_files(size): resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
@@ -168,7 +178,7 @@ def test_every_recipe(start, finish, tmp_path, settings):
     config, out = str(tmp_path / "settings.yaml"), tmp_path / "run"
     status, said = finish(tmp_path / "whole", config=config)
     assert status == 0, said
-    process = start(out, config=config)
+    process = start(out, waiting, 2, config=config)
     wait_for(lambda: (out / "checkpoint.pt").exists() and read_checkpoint(out / "checkpoint.pt")["epoch"] == 2, process)
     kill(process)
     status, said = finish(out, resume=True)
@@ -244,13 +254,19 @@ def test_two_writers_of_one_file(tmp_path):
     assert (file.stat().st_mode & 0o777) == (put_bytes(tmp_path / "x", lambda s: s.write(b"y")).stat().st_mode & 0o777)
 
 
+def die_with_a_lock(folder):
+    "In a process of its own; a child of it lives on."
+    with alone(folder):
+        if os.fork(): os._exit(0)
+        time.sleep(60)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks")
-def test_a_lock_of_the_dead_holds_nobody(tmp_path):
+def test_a_lock_of_the_dead_holds_nobody(tmp_path, processes):
     "What a killed process, or another machine, has left in the file says nothing; children hold nothing."
     (tmp_path / ".lock").write_text("process 1 on elsewhere")
-    script = ("import os, sys, time; from fd_focus.training.machine import alone\n"
-              "with alone(sys.argv[1]):\n    if os.fork(): os._exit(0)\n    time.sleep(60)")
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, stdout=subprocess.DEVNULL)
+    (dead := processes(die_with_a_lock, tmp_path)).join()
+    assert dead.exitcode == 0
     with alone(tmp_path): assert (tmp_path / ".lock").read_text() == f"process {os.getpid()} on {platform.node()}"
     assert not list(tmp_path.iterdir())
 
@@ -276,7 +292,7 @@ def test_full_disk(whole, start, finish, tmp_path):
         if mounted: subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_ctrl_c_and_the_command_it_prints(whole, start, tmp_path):
+def test_ctrl_c_and_the_command_it_prints(whole, start, tmp_path, command):
     "Ctrl-C in an epoch, then what it says to type."
     out = tmp_path / "a run"
     process = start(out, **TINY)
@@ -288,10 +304,9 @@ def test_ctrl_c_and_the_command_it_prints(whole, start, tmp_path):
     assert "stopping at the end of this batch" in said
     assert re.search(r"stopped (after batch \d of 5|while validating) in epoch \d of 4", said)
     assert not parts(out)
-    command = said.strip().splitlines()[-1].strip()
-    assert command == f"fd_focus_train --resume --out '{out}'"
-    env = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
-    assert subprocess.run(command, shell=True, env=env, stdout=subprocess.DEVNULL).returncode == 0
+    advice = said.strip().splitlines()[-1].strip()
+    assert advice == f"fd_focus_train --resume --out '{out}'"
+    assert command(*shlex.split(advice)).returncode == 0
     assert same(whole, out)
 
 
@@ -299,7 +314,7 @@ def test_ctrl_c_and_the_command_it_prints(whole, start, tmp_path):
 def test_workers_change_nothing(whole, start, finish, tmp_path, workers):
     "Whoever opens the pictures, in a whole run or a resumed one; `whole` has no workers."
     out = tmp_path / "run"
-    process = start(out, workers=workers, **TINY)
+    process = start(out, waiting, 2, workers=workers, **TINY)
     wait_for(lambda: (out / "checkpoint.pt").exists() and read_checkpoint(out / "checkpoint.pt")["epoch"] == 2, process)
     kill(process)
     assert finish(out, resume=True)[0] == 0
