@@ -244,7 +244,8 @@ def test_bad_arguments(folder, tmp_path):
     assert "no folder" in fails("--data", tmp_path / "nowhere", *TINY, *out)
     assert "is no model of torchvision" in fails("--data", folder, *TINY, "--arch", "resnet81", *out)
     assert "does not fit image_size" in fails("--data", folder, *TINY, "--region_size", 100, *out)
-    assert "method='fokus' is none of plain, focus" in fails("--data", folder, *TINY, "--method", "fokus", *out)
+    wrong = fails("--data", folder, *TINY, "--method", "fokus", *out)
+    assert "method='fokus' is none of plain, focus" in wrong and "(did you mean focus?)" in wrong
     assert "takes no m; it takes image_size" in fails("--data", folder, *TINY, "--method", "plain", "--m", 3, *out)
     assert "cuts no regions" in fails("--data", folder, *TINY, "--method", "plain", "--input_size", 128, *out)
     assert "head_weights names bogus" in fails("--data", folder, *TINY, "--head_weights", "bogus=1", *out)
@@ -253,6 +254,7 @@ def test_bad_arguments(folder, tmp_path):
     assert "examples=-1; use a number" in fails("--data", folder, *TINY, "--examples", -1, *out)
     assert "valid_pct=2.0; use a share" in fails("--data", folder, *TINY, "--valid_pct", 2, *out)
     assert "unrecognized arguments" in fails("--data", folder, "--colour", "red")
+    assert "--epohcs (did you mean --epochs?)" in fails("--data", folder, "--epohcs", 3)
     assert "cells" in fails("--data", folder, *TINY, "--m", 50, *out)
     small = ["--arch", "squeezenet1_1", "--image_size", 8, "--no-pretrained"]
     assert "32x32 would do: give it as image_size" in fails("--data", folder, *TINY, *small, *out)

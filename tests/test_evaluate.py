@@ -149,6 +149,7 @@ def test_the_table_of_labels_is_not_overwritten(model, tmp_path):
     for out, message in (
         ("split.csv", "would overwrite what is to be read"),
         ("0.png", "ends like a picture"),
+        ("rows.xlsx", "ends like another kind of file, but rows are text: call it .csv or .jsonl"),
         ("", "is a folder; give a file in it"),
     ):
         with pytest.raises(SystemExit) as end:
@@ -260,6 +261,16 @@ def test_uneven_classes_are_counted_alike(few_of_b, tmp_path, capsys):
     assert f"every class alike: macro accuracy {100 * macro:.1f} %" in capsys.readouterr().out
 
 
+def test_what_a_run_says_of_its_losses_and_of_few_cells(few_of_b):
+    def said(**options):
+        s = Settings(data=str(few_of_b), arch="toy_resnet", epochs=1, bs=4, workers=0, pretrained=False, **options)
+        return "\n".join(introduction(make_learner(s), s))
+    assert "train loss adds up the losses of all heads" in (small := said(image_size=64))
+    assert "regions are placed on 4 x 4 cells only: a larger --image_size" in small
+    assert "cells only" not in said(image_size=96) and "cells only" not in (plain := said(image_size=64, method="plain"))
+    assert "adds up" not in plain
+
+
 def test_class_weights_reach_the_loss_or_are_refused(few_of_b):
     s = Settings(data=str(few_of_b), arch="toy_resnet", image_size=64, epochs=1, bs=4, workers=0, pretrained=False,
                  class_weights="balanced", method="plain")
@@ -287,6 +298,17 @@ def test_pictures_put_aside_are_judged_once(trained):
     seen = pd.read_csv(trained[0] / "model" / "seen.csv")
     assert found["test_images"] == 6 and len(seen) == 10 and set(seen.split) == {"train", "valid"}
     assert found["test_interval"][0] <= found["test_accuracy"] <= found["test_interval"][1]
+
+
+def test_a_training_that_opens_no_picture_beforehand(trained, tmp_path, capsys):
+    "It ends, goes on when it was stopped, and its model says that it has no list of what it was trained on."
+    fd_focus_train(data=str(trained[1]), check=False, test_pct=.25, arch="toy_resnet", image_size=64, epochs=1, bs=4,
+                   out=str(tmp_path / "run"), examples=0)
+    model = tmp_path / "run" / "model"
+    assert "of the 6 pictures put aside are right" in capsys.readouterr().out and not (model / "seen.csv").exists()
+    fd_focus_evaluate(model=str(model), folder=str(trained[1]))
+    said = capsys.readouterr().out
+    assert "keeps no list of the pictures it was trained on" in said and "of 16 pictures right" in said
 
 
 def test_pictures_put_aside_that_cannot_be_read_lose_no_run(trained, tmp_path, capsys):

@@ -327,7 +327,9 @@ def test_unchecked_pictures_leave_no_list_of_what_was_seen(folder, tmp_path):
     from fd_focus.use.seen import note_seen, unseen
     dls = loaders(folder)
     assert note_seen(dls, tmp_path) and unseen(pd.DataFrame(dict(file=[folder / "a" / "00.jpg"])), tmp_path)[1]
-    assert note_seen(loaders(folder, check=False), tmp_path) is None and not (tmp_path / "seen.csv").exists()
+    unchecked = loaders(folder, check=False)
+    assert note_seen(unchecked, tmp_path) is None and not (tmp_path / "seen.csv").exists()
+    assert "keeps no list of the pictures" in unseen(pd.DataFrame(dict(file=[folder / "a" / "00.jpg"])), tmp_path)[1]
 
 
 def test_pictures_that_are_not_there(tmp_path):

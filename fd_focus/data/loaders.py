@@ -122,7 +122,7 @@ def _balanced(table: pd.DataFrame) -> dict:
     labels = table.label[table.split == "train"]
     return dict(dl_type=BalancedDL, dl_kwargs=[dict(weights=(1 / labels.map(labels.value_counts())).tolist()), {}])
 
-# %% ../../nbs/25_loaders.ipynb #25_loaders_093
+# %% ../../nbs/25_loaders.ipynb #25_loaders_097
 @patch(cls_method=True)
 @delegates(TfmdDL.__init__, but=(
     "dataset bs shuffle verbose do_setup batch_size indexed wif before_iter after_item before_batch after_batch "
@@ -164,7 +164,7 @@ def from_table(cls: FocusDataLoaders,
     dls.reader, dls.skipped, dls.duplicates = reader, bad | doubled, twice.reset_index(drop=True)
     dls.geometry = (max(item_tfms[0].size), squash) if own else None
     dls.min_side, dls.judged_by = target_side(item_tfms), judged_by
-    dls.fingerprints = [prints.get(path / file) for file in table.file] if check else None
+    dls.fingerprints = [prints.get(path / file) for file in table.file] if check else []
     return dls
 
 # %% ../../nbs/25_loaders.ipynb #60_data038b

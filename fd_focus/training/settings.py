@@ -31,7 +31,7 @@ def setting(
     "A field with a default and a sentence about itself."
     return field(default=default, metadata=dict(help=help))
 
-# %% ../../nbs/35_settings.ipynb #35_settings_124
+# %% ../../nbs/35_settings.ipynb #35_settings_129
 @dataclass(frozen=True)
 class DataSettings:
     "The pictures a run learns from, and those it is judged by."
@@ -45,7 +45,8 @@ class DataSettings:
     on_duplicate: Literal["warn", "drop"] = setting("warn", "warn of a picture in two classes or halves, or drop it")
     balance: bool = setting(False, "draw every class equally often in training")
     cache: str | None = setting(None, "ram: keep decoded pictures in memory; a folder: keep large ones there, reduced")
-    fit: Literal["squash", "crop", "pad"] = setting("squash", "to a square: squash, or crop or pad (in black) a side")
+    fit: Literal["squash", "crop", "pad"] = setting("squash",
+        "to a square: squash pictures, crop their longer side, or pad the shorter one with black")
     crop_scale: float | None = setting(None, "train on random parts of at least this share of a picture")
 
 @dataclass(frozen=True)

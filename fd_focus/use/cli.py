@@ -34,7 +34,7 @@ def _launched(rank: int | None, world: int | None) -> bool:
     told = any(given[name] is None and variable in os.environ for name, (variable, _) in _PLACES.items())
     return told and _share_of(rank, world)[1] > 1
 
-# %% ../../nbs/67_cli.ipynb #67_cli_032
+# %% ../../nbs/67_cli.ipynb #67_cli_035
 def _is_stdin(file: Path) -> bool:
     try: return os.path.samestat(file.stat(), os.fstat(sys.stdin.fileno()))
     except (OSError, ValueError, AttributeError): return False        # a stream that is no file
@@ -43,7 +43,7 @@ def _keep_inputs(out: Path, inputs: list) -> None:
     "ValueError where `out` is something that is to be read, or is no file that rows could go to."
     from fd_focus.data.pictures import EXTENSIONS
     if (end := out.suffix.lower()) in EXTENSIONS or end in (".xlsx", ".xls", ".ods", ".parquet", ".npz"):
-        kind = "a picture" if end in EXTENSIONS else f"a {end[1:]} file"
+        kind = "a picture" if end in EXTENSIONS else "another kind of file"
         raise ValueError(f"--out {out} ends like {kind}, but rows are text: call it .csv or .jsonl")
     if out.is_dir(): raise ValueError(f"--out {out} is a folder; give a file in it")
     if not out.exists(): return

@@ -82,7 +82,7 @@ def _coarse(net) -> str:
     if not getattr(net, "m", 0) or h * w >= 36: return ""
     return f"regions are placed on {h} x {w} cells only: a larger --image_size places them more finely"
 
-# %% ../../nbs/65_report.ipynb #65_report_093
+# %% ../../nbs/65_report.ipynb #65_report_095
 def introduction(
     learn,                # before training
     settings: Settings,   # of the run
@@ -99,8 +99,8 @@ def introduction(
              f"{s.arch} from {_start_of(settings)}; method {s.method}: {_looks(net, s)}",
              f"{_machine(learn, s)}; {_length(net, s)}"]
     if word := _sizes(dls.class_counts.train, s): lines.insert(1, word)
-    if heads: lines.append(f"accuracy is that of the answer{answer}; {', '.join(heads)}: of that head alone; "
-                           "train loss is the sum of all heads'")
+    if heads: lines += [f"accuracy is that of the answer{answer}; {', '.join(heads)}: of that head alone",
+                        "train loss adds up the losses of all heads; valid loss is that of the answer"]
     if word := _coarse(net): lines.append(word)
     if hasattr(os, "getloadavg") and (word := _busy(os.getloadavg()[0], os.cpu_count() or 1)): lines.append(word)
     return lines
