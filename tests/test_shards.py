@@ -182,6 +182,21 @@ def test_a_class_may_be_a_name(tmp_path):
     assert list(dls.train_ds.items) == ["train.tar/some/where.0/0.png", "train.tar/some/where.1/1.png"]
 
 
+def test_shards_of_others_that_count_from_0(tmp_path):
+    "The same name in two shards is two pictures."
+    (there := tmp_path / "theirs").mkdir()
+    for k in range(2):
+        with tarfile.open(there / f"train-{k}.tar", "w") as tar:
+            for i in range(4):
+                photograph(i + 10 * k).save(stream := io.BytesIO(), "PNG")
+                add(tar, f"{i}.png", stream.getvalue())
+                add(tar, f"{i}.json", json.dumps(dict(file=f"{i}.png", label="ab"[i % 2])).encode())
+    index_shards(there)
+    dls = FocusDataLoaders.from_shards(there, valid_pct=.5, **SMALL)
+    assert sorted(dls.table.index) == [f"train-{k}.tar/{i}.png" for k in range(2) for i in range(4)]
+    assert len(set(dls.fingerprints)) == 8
+
+
 def test_broken_pictures_of_others_are_named(tmp_path):
     there = written_by_webdataset(tmp_path / "theirs", broken=[("train", 11)])
     with pytest.raises(ValueError, match=r"1 of 39 pictures .* cannot be read .*\n.*train0011.jpg in train-0001.tar"):

@@ -143,7 +143,7 @@ def _bytes(shard: Path, start: int, size: int) -> bytes:
 def _digest(file: Path) -> str:
     with open(file, "rb") as stream: return hashlib.file_digest(stream, "sha256").hexdigest()
 
-# %% ../../nbs/26_shards.ipynb #26_shards_075
+# %% ../../nbs/26_shards.ipynb #26_shards_089
 def index_shards(
     path: str | Path,              # a folder of tar files in WebDataset's form, such as train-000000.tar
     on_bad_image: str = "error",   # 'skip' leaves out pictures that cannot be read
@@ -154,6 +154,8 @@ def index_shards(
     for file in sorted(path.glob("*.tar")): rows += _rows_of(file)
     if not rows: raise ValueError(f"no pictures in tar files (*.tar) in {path}")
     table = pd.DataFrame(rows).sort_values(["key", "shard"], kind="stable", ignore_index=True)
+    twice = table.file.duplicated(keep=False)                    # each shard of others may count from 0
+    table.loc[twice, "file"] = table.shard[twice] + "/" + table.file[twice]
     table = _looked_at(table.assign(label=_names(table.label)), path, on_bad_image)
     prints = {path / row.file: row.print for row in table.itertuples()}
     table = _without_doubles(table, path, prints, on_duplicate)[0].drop(columns="key")

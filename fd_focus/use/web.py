@@ -155,7 +155,7 @@ start().catch(error => {
 })
 """
 
-# %% ../../nbs/65_web.ipynb #65_web_055
+# %% ../../nbs/65_web.ipynb #65_web_057
 _PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -191,7 +191,7 @@ _PAGE = """<!doctype html>
 <label id="drop"><span id="said" role="status">Loading the model ({megabytes} MB) …</span><br>
   <input id="file" type="file" accept="image/*" aria-label="Choose a photograph"></label>
 <section id="answer" aria-live="polite" hidden>
-  <canvas id="photo" role="img" aria-label="the photograph, with the regions to look at again"></canvas>
+  <canvas id="photo" role="img" aria-label="the photograph, with the regions that the model has chosen"></canvas>
   <div><p id="label"></p><p id="verdict"></p><p id="looks"></p><ol id="others"></ol></div>
 </section>
 <footer>It knows {n} kinds, and names one of them for whatever it is shown. Made with fd_focus.</footer>
