@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'tar_members', 'index_shards', 'write_shards', 'read_index', 'check_shards', 'is_shards', 'packed',
            'ShardReader', 'shards_table']
 
-# %% ../../nbs/26_shards.ipynb #26_shards_060
+# %% ../../nbs/26_shards.ipynb #26_shards_090
 import hashlib
 import io
 import json
@@ -26,7 +26,7 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 
 from .items import ItemReader
-from .loaders import FocusDataLoaders, _ten, _without_bad, _without_doubles
+from .loaders import FocusDataLoaders, _check_arguments, _ten, _without_bad, _without_doubles
 from .names import nfc
 from .pictures import EXTENSIONS, DataWarning, _look, open_image
 from .tables import check_apart, folder_table, own_split, resplit, sound_table
@@ -143,13 +143,14 @@ def _bytes(shard: Path, start: int, size: int) -> bytes:
 def _digest(file: Path) -> str:
     with open(file, "rb") as stream: return hashlib.file_digest(stream, "sha256").hexdigest()
 
-# %% ../../nbs/26_shards.ipynb #26_shards_089
+# %% ../../nbs/26_shards.ipynb #26_shards_091
 def index_shards(
     path: str | Path,              # a folder of tar files in WebDataset's form, such as train-000000.tar
     on_bad_image: str = "error",   # 'skip' leaves out pictures that cannot be read
     on_duplicate: str = "warn",    # see `FocusDataLoaders.from_table`
 ) -> Path:                         # shards.json, beside pictures.csv
     "Look at every picture of the shards, once, and note where it lies. ValueError says what is wrong with them."
+    _check_arguments(True, on_bad_image, on_duplicate, None, None, {})
     path, rows = Path(path), []
     for file in sorted(path.glob("*.tar")): rows += _rows_of(file)
     if not rows: raise ValueError(f"no pictures in tar files (*.tar) in {path}")
@@ -168,7 +169,7 @@ def index_shards(
     part.write_text(json.dumps(about, indent=1))
     return part.replace(path / "shards.json")
 
-# %% ../../nbs/26_shards.ipynb #26_shards_028
+# %% ../../nbs/26_shards.ipynb #26_shards_093
 def write_shards(
     path: str | Path,                     # a folder of pictures, see `folder_table`
     out: str | Path,                      # a new folder
@@ -180,9 +181,11 @@ def write_shards(
 ) -> Path:                                # `out`
     """Write a folder's pictures, classes and split as shards in WebDataset's form, whole or not at all. Boxes and parts
     stay behind. ValueError says which pictures cannot be read, or that `out` is taken."""
+    _check_arguments(True, on_bad_image, on_duplicate, None, None, {})
     path, out = Path(path), Path(out)
     check_apart(out, path, "out")
     if out.exists(): raise ValueError(f"{out} is there already: name a new folder for the shards")
+    if not megabytes > 0: raise ValueError(f"megabytes={megabytes}; use a size above 0")
     table = folder_table(path) if table is None else sound_table(table, path)
     own = table.attrs["judged_by"]
     table, _, prints = _without_bad(table, path, on_bad_image)
